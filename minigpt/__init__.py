@@ -1,0 +1,1 @@
+"""minigpt: a GPT on tinytensor, trained on Shakespeare."""

@@ -1,0 +1,49 @@
+"""tinytensor: reverse-mode automatic differentiation on NumPy and CuPy arrays, with every derivative written here.
+
+Read in this order: autograd (the engine), ops (the mathematics), tensor (the surface), nn and optim, backend (the speed).
+"""
+
+from tinytensor import backend, nn, optim, testing
+from tinytensor.autograd import Op, apply, enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from tinytensor.backend import random
+from tinytensor.backend.random import manual_seed
+from tinytensor.creation import arange, eye, full, ones, ones_like, rand, randint, randn, zeros, zeros_like
+from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
+from tinytensor.ops import __all__ as _op_names
+from tinytensor.tensor import Tensor, tensor
+from tinytensor.transforms import checkpoint, grad, jvp, value_and_grad, vjp
+
+__version__ = "0.1.0"
+
+__all__ = [
+    *_op_names,
+    "Op",
+    "Tensor",
+    "apply",
+    "arange",
+    "backend",
+    "checkpoint",
+    "enable_grad",
+    "eye",
+    "full",
+    "grad",
+    "is_grad_enabled",
+    "jvp",
+    "manual_seed",
+    "nn",
+    "no_grad",
+    "ones",
+    "ones_like",
+    "optim",
+    "rand",
+    "randint",
+    "randn",
+    "random",
+    "set_grad_enabled",
+    "tensor",
+    "testing",
+    "value_and_grad",
+    "vjp",
+    "zeros",
+    "zeros_like",
+]

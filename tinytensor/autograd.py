@@ -1,0 +1,428 @@
+"""The engine: how operations are recorded and how derivatives flow back. It names no op.
+
+`apply` runs an op's `forward` and, when some input wants a gradient, records a `Node`: the op, the nodes that its inputs
+came from, and the arrays that its derivative will need. `sweep` walks those nodes from the newest to the oldest. A node is
+newer than its inputs, so when its turn comes every gradient that it will ever receive has arrived:
+
+    total[node] = Σ over the nodes that used its output, of the share that their vjp sends it
+
+A vjp is written in array language, so the same line runs on arrays (the fast path: nothing is recorded) and on tensors
+(`create_graph=True`: the backward pass is itself recorded, and can be differentiated again).
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ContextDecorator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tinytensor import backend, writes
+from tinytensor.backend import Array
+
+_FLOAT64 = np.dtype(np.float64)
+_SCALARS = (float, int, bool)
+
+
+class Value:
+    """A bare tensor: an array, and its place in the graph (None when no gradient flows through it)."""
+
+    __slots__ = ("__weakref__", "data", "node")
+    data: Array
+    node: Node | Leaf | None
+    result_type: ClassVar[type[Value]]  # the one hook: what `apply` returns; tensor.py sets it
+
+    def __init__(self, data: Array, node: Node | Leaf | None = None) -> None:
+        self.data = data
+        self.node = node
+
+
+class Spec:
+    """What a vjp is given in place of an array that its op did not ask to save: the shape and dtype it had."""
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, array: Array) -> None:
+        self.shape = array.shape
+        self.dtype = array.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+class Op:
+    """One operation. A subclass states its mathematics in its docstring and holds `forward` and `vjp` side by side.
+
+    `forward(xp, *inputs, **params)` maps arrays to an array. `vjp(g, y, *inputs, **params)` maps g = ∂L/∂y to one ∂L/∂input
+    for each input: a value, None where there is none, or a function of no arguments for a gradient that costs something,
+    called only if that input wants it. The engine undoes broadcasting and dtype promotion.
+
+    `saves` names what the vjp reads: "y", an input's name, or "*" for all inputs; space-separated for every gradient alike,
+    or a dict that says it for the gradient of each input. The rest reaches the vjp as a `Spec`.
+    """
+
+    name: ClassVar[str]
+    saves: ClassVar[str | dict[str, str]] = ""
+    forward: ClassVar[Callable[..., Array]]
+    vjp: ClassVar[Callable[..., Any]]
+    _unsaved: ClassVar[dict[tuple[str, int, int], tuple[int, ...]]]
+
+    def __init_subclass__(cls) -> None:
+        cls.name = "".join("_" + c.lower() if c.isupper() else c for c in cls.__name__)[1:]
+        cls._unsaved = {}
+
+    @classmethod
+    def unsaved(cls, count: int, wanted: int, kernel: backend.Kernel | None) -> tuple[int, ...]:
+        """Places in (y, *inputs) that neither vjp reads when the inputs in the bit set `wanted` want a gradient."""
+        code = cls.vjp.__code__
+        names = list(code.co_varnames[1 : code.co_argcount])
+        words: set[str] = set()
+        for saves in (cls.saves, kernel.saves if kernel else ""):
+            if isinstance(saves, dict):
+                saves = " ".join(saves.get(names[i + 1], "") for i in range(count) if wanted >> i & 1)
+            words.update(saves.split())
+        if "*" in words:
+            return () if "y" in words else (0,)
+        return tuple(i for i in range(count + 1) if names[i] not in words)
+
+
+class Leaf:
+    """The place in the graph of a tensor that the user made: where its gradient arrives and stays."""
+
+    __slots__ = ("grad", "hooks", "serial", "slot")
+    op = None
+
+    def __init__(self) -> None:
+        self.serial = next(writes.serial)
+        self.grad: Value | None = None
+        self.slot: Array | None = None  # memory that the gradient must live in, when an optimiser owns it
+        self.hooks: list[Callable[[Any], Any]] | None = None
+
+
+class Node:
+    """One recorded operation: where its inputs came from and what its derivative needs. Holds no tensor."""
+
+    __slots__ = ("edges", "grad", "hooks", "op", "origin", "params", "serial", "values", "vjp")
+
+    def __init__(self, op: type[Op], params: dict[str, Any], edges: list[Any], values: list[Any], vjp: Any) -> None:
+        self.op = op
+        self.params = params
+        self.edges = edges
+        self.values: list[Any] | None = values  # [y, *inputs]; None once a backward pass has used them
+        self.vjp = vjp  # the kernel's vjp when a kernel ran forward, else None
+        self.serial = next(writes.serial)
+        self.origin = writes.caller()
+        self.grad: Any = None  # None, or True then the gradient, after retain_grad
+        self.hooks: list[Callable[[Any], Any]] | None = None
+
+    def shares(self, g: Any, create_graph: bool) -> list[tuple[Any, Any]]:
+        """The gradients that g = ∂L/∂y sends to the inputs, as (node, gradient) pairs."""
+        values = self.values
+        if values is None:
+            raise RuntimeError(
+                f"{self.op.name} at {self.origin}: a second backward through this graph, whose saved arrays the first one "
+                "freed; pass retain_graph=True to the first"
+            )
+        if writes.latest > self.serial:
+            self._check_unwritten(values)
+        if create_graph:
+            make = Value.result_type
+            linked = [
+                make(v, e) if e is not None and not isinstance(v, Spec) else v for v, e in zip(values, [self, *self.edges])
+            ]
+            gradients = self.op.vjp(g, *linked, **self.params)
+        elif self.vjp is not None:
+            gradients = self.vjp(g, *values, **self.params)
+        else:
+            gradients = self.op.vjp(g, *values, **self.params)
+        if type(gradients) is not tuple:
+            gradients = (gradients,)
+        pairs = []
+        for place, (edge, share) in enumerate(zip(self.edges, gradients, strict=True), 1):
+            if edge is None:
+                continue
+            if callable(share):
+                share = share()
+            if share is None:
+                continue
+            value = values[place]
+            if share.shape != value.shape:
+                share = unbroadcast(share, value.shape)
+            if share.dtype != value.dtype:
+                share = share.astype(value.dtype)
+            pairs.append((edge, share))
+        return pairs
+
+    def _check_unwritten(self, values: list[Any]) -> None:
+        for value in values:
+            if hasattr(value, "strides") and (write := writes.find(value, self.serial)):
+                raise RuntimeError(
+                    f"{self.op.name} at {self.origin} saved an array of shape {value.shape} for its gradient, and "
+                    f"{write.origin} wrote into it in place before backward; write into a copy (x.clone()) instead"
+                )
+
+
+def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
+    """Sum g over the axes along which an input of `shape` was repeated to g's shape."""
+    extra = g.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1)
+    return g.sum(axis=axes).reshape(shape)
+
+
+class _State(threading.local):
+    recording = True
+
+
+_state = _State()
+
+
+class set_grad_enabled(ContextDecorator):
+    """Record operations, or not, in this thread, within a `with` block or a decorated function."""
+
+    def __init__(self, mode: bool) -> None:
+        self.mode = mode
+        self._outer: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(_state.recording)
+        _state.recording = self.mode
+
+    def __exit__(self, *_: object) -> None:
+        _state.recording = self._outer.pop()
+
+    def _recreate_cm(self) -> set_grad_enabled:  # a decorated function may recurse or run in several threads
+        return set_grad_enabled(self.mode)
+
+
+def no_grad() -> set_grad_enabled:
+    """Within this block (or decorated function) nothing is recorded in this thread."""
+    return set_grad_enabled(False)
+
+
+def enable_grad() -> set_grad_enabled:
+    """Within this block (or decorated function) operations are recorded, also inside `no_grad`."""
+    return set_grad_enabled(True)
+
+
+def is_grad_enabled() -> bool:
+    return _state.recording
+
+
+def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
+    """Run `op` on tensors, arrays and Python numbers; return a tensor, recorded when an input wants a gradient.
+
+    float64 comes out only where an input is float64: Python numbers, NumPy scalars and integer arrays yield to float32.
+    """
+    recording = _state.recording
+    arrays: list[Any] = []
+    edges: list[Node | Leaf | None] = []
+    wanted, bit = 0, 1
+    for x in inputs:
+        if isinstance(x, Value):
+            node = x.node
+            if node is not None and recording:
+                wanted |= bit
+                if writes.latest > node.serial and node.op is not None:
+                    _check_current(x, node)
+            arrays.append(x.data)
+            edges.append(node)
+        else:
+            arrays.append(x if type(x) in _SCALARS else _operand(x))
+            edges.append(None)
+        bit += bit
+    device = "cpu" if "cupy" not in sys.modules else _common_device(op, arrays)
+    kernel = backend.kernels[device].get(op.name)
+    residual = None
+    try:
+        if kernel is not None:
+            result = kernel.forward(*arrays, **params)
+            if result is NotImplemented:
+                kernel = None
+            else:
+                y, residual = result
+        if kernel is None:
+            y = op.forward(np if device == "cpu" else backend.xp_for(device), *arrays, **params)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise _explained(op, arrays, error) from None
+    if type(y) is not np.ndarray and device == "cpu":
+        y = np.asarray(y)
+    if y.dtype is _FLOAT64 and not any(getattr(a, "dtype", None) == _FLOAT64 for a in arrays):
+        y = y.astype(backend.default_dtype)
+    if not wanted or y.dtype.kind != "f":
+        return Value.result_type(y)
+
+    values = [y, *arrays]
+    key = (device if kernel is not None else "", len(arrays), wanted)
+    unsaved = op._unsaved.get(key)
+    if unsaved is None:
+        unsaved = op._unsaved[key] = op.unsaved(len(arrays), wanted, kernel)
+    for i in unsaved:
+        if type(values[i]) not in _SCALARS:
+            values[i] = Spec(values[i])
+    if kernel is None:
+        return Value.result_type(y, Node(op, params, edges, values, None))
+    vjp = kernel.vjp if residual is None else _Residual(kernel.vjp, residual)
+    return Value.result_type(y, Node(op, params, edges, values, vjp))
+
+
+class _Residual:
+    """A kernel's vjp together with what its forward kept for it."""
+
+    __slots__ = ("residual", "vjp")
+
+    def __init__(self, vjp: Callable[..., Any], residual: Any) -> None:
+        self.vjp = vjp
+        self.residual = residual
+
+    def __call__(self, g: Array, *values: Any, **params: Any) -> Any:
+        return self.vjp(g, *values, residual=self.residual, **params)
+
+
+def call(op: type[Op], *inputs: Any, **params: Any) -> Any:
+    """`op` in the language its inputs speak: recorded on tensors, bare on arrays. For ops that NumPy has no name for."""
+    if any(isinstance(x, Value) for x in inputs):
+        return apply(op, *inputs, **params)
+    return op.forward(backend.xp_of(*inputs), *inputs, **params)
+
+
+def as_value(x: Any) -> Any:
+    """x itself when it is a tensor, else a tensor made of it."""
+    return x if isinstance(x, Value) else Value.result_type(backend.as_array(x))
+
+
+def _operand(x: Any) -> Any:
+    if isinstance(x, np.generic) or (isinstance(x, np.ndarray) and x.ndim == 0):
+        return x.item()
+    return backend.as_array(x)
+
+
+def _common_device(op: type[Op], arrays: list[Any]) -> str:
+    devices = {backend.device_of(a) for a in arrays if type(a) not in _SCALARS}
+    if len(devices) > 1:
+        raise RuntimeError(f"{op.name}: inputs live on {' and '.join(sorted(devices))}; move them with .to(device)")
+    return devices.pop() if devices else "cpu"
+
+
+def _check_current(x: Value, node: Node | Leaf) -> None:
+    if write := writes.find(x.data, node.serial):
+        raise RuntimeError(
+            f"a result of shape {x.data.shape} made at {getattr(node, 'origin', 'an unknown line')} was written in place "
+            f"by {write.origin} through other memory or under no_grad, so its gradient is no longer known; "
+            "use clone() or an out-of-place operation"
+        )
+
+
+def _explained(op: type[Op], arrays: list[Any], error: Exception) -> Exception:
+    shapes = ", ".join(f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else repr(a) for a in arrays)
+    kind = ValueError if isinstance(error, ZeroDivisionError) else type(error)
+    return (kind if kind in (ValueError, TypeError, IndexError) else ValueError)(
+        f"{op.name}({shapes}) at {writes.caller()}: {error}"
+    )
+
+
+def sweep(
+    roots: Sequence[tuple[Node | Leaf, Any]],
+    arrived: Callable[[Node | Leaf, Any, bool], Any],
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+    wanted: Iterable[Node | Leaf] | None = None,
+) -> None:
+    """Send gradients from `roots` back through the graph, newest node first.
+
+    `arrived(node, total, owned)` is called for each leaf, each node with a hook or a retained gradient, and each node of
+    `wanted`, with its whole gradient; `owned` says that nobody else holds that array. With `wanted`, only nodes on a way to
+    one of them are visited.
+    """
+    on_the_way = None if wanted is None else _ways_to(set(wanted), [node for node, _ in roots])
+    began = next(writes.serial)
+    total: dict[Any, Any] = {}
+    owned: set[Any] = set()
+    heap: list[tuple[int, Any]] = []
+
+    def add(node: Node | Leaf, g: Any) -> None:
+        old = total.get(node)
+        if old is None:
+            total[node] = g
+            heapq.heappush(heap, (-node.serial, node))
+        elif node in owned:
+            old += g
+        else:
+            total[node] = old = old + g
+            if type(old) is np.ndarray:  # made here, so later gradients may be added in place
+                owned.add(node)
+
+    for node, g in roots:
+        add(node, g)
+    with set_grad_enabled(create_graph):
+        while heap:
+            node = heapq.heappop(heap)[1]
+            g = total.pop(node)
+            if node.hooks is not None:
+                for hook in node.hooks:
+                    g = _hooked(hook, g, create_graph)
+            if isinstance(node, Leaf):
+                arrived(node, g, node in owned)
+                continue
+            if node.grad is not None or (wanted is not None and node in wanted):
+                arrived(node, g, False)
+            for edge, share in node.shares(g, create_graph):
+                if on_the_way is None or edge in on_the_way or edge.serial > began:
+                    add(edge, share)
+            if not (retain_graph or create_graph):
+                node.values = node.vjp = None
+
+
+def _ways_to(wanted: set[Any], roots: list[Any]) -> set[Any]:
+    seen, stack = set(roots), list(roots)
+    while stack:
+        for edge in getattr(stack.pop(), "edges", ()):
+            if edge is not None and edge not in seen:
+                seen.add(edge)
+                stack.append(edge)
+    ways = set(wanted)
+    for node in sorted(seen, key=lambda n: n.serial):  # inputs come before what was made of them
+        if any(edge in ways for edge in getattr(node, "edges", ())) or getattr(node, "opaque", False):
+            ways.add(node)
+    return ways
+
+
+def _hooked(hook: Callable[[Any], Any], g: Any, create_graph: bool) -> Any:
+    given = g if create_graph else Value.result_type(np.asarray(g) if np.isscalar(g) else g)
+    result = hook(given)
+    if result is None:
+        return g
+    replacement = result if isinstance(result, Value) else Value.result_type(backend.as_array(result))
+    if replacement.data.shape != g.shape:
+        raise ValueError(f"a gradient hook returned shape {replacement.data.shape} for a gradient of shape {g.shape}")
+    return replacement if create_graph else replacement.data
+
+
+_deposit_lock = threading.Lock()  # two threads may differentiate through the same parameters
+
+
+def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
+    """Add a gradient to what `node.grad` holds already; the first one is copied unless it is ours alone."""
+    recorded = isinstance(g, Value)
+    if isinstance(node, Node):
+        node.grad = g if recorded else Value.result_type(backend.as_array(g).copy())
+        return
+    with _deposit_lock:
+        if node.grad is None:
+            if recorded:
+                node.grad = g
+            elif node.slot is not None:
+                node.slot[...] = g
+                node.grad = Value.result_type(node.slot)
+            else:
+                node.grad = Value.result_type(g if owned else backend.as_array(g).copy())
+        elif recorded or node.grad.node is not None:
+            node.grad = node.grad + g  # type: ignore[operator]
+        else:
+            node.grad.data += g
+            writes.record(node.grad.data)

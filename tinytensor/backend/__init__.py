@@ -1,0 +1,131 @@
+"""What an array is: devices, dtypes, transfer, and the table of fast kernels.
+
+Nothing here knows of tensors or derivatives. An array is a `numpy.ndarray` ("cpu") or a `cupy.ndarray` ("cuda");
+`xp` is the module whose functions work on it. CuPy is imported only when a CUDA array is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray: CuPy is optional, so no common type can be named
+
+default_dtype = np.dtype(np.float32)
+DTYPES = {name: np.dtype(name) for name in ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool"]}
+
+
+def xp_of(*arrays: Array) -> ModuleType:
+    """The array module, NumPy or CuPy, that owns these arrays."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and any(isinstance(a, cupy.ndarray) for a in arrays):
+        return cupy
+    return np
+
+
+def xp_for(device: str) -> ModuleType:
+    """The array module of a device name; RuntimeError when "cuda" has no usable GPU, never a silent fallback."""
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise ValueError(f"device {device!r} is not known; use 'cpu' or 'cuda'")
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(f'device "cuda" needs CuPy ({error}); pip install "minigpt-shakespeare[gpu]"') from None
+    if not cupy.cuda.is_available():
+        raise RuntimeError('device "cuda" was asked for, but CuPy finds no usable GPU; use device "cpu"')
+    return cupy
+
+
+def device_of(array: Array) -> str:
+    return "cpu" if type(array) is np.ndarray else "cuda" if xp_of(array) is not np else "cpu"
+
+
+def to_device(array: Array, device: str) -> Array:
+    """The array on `device`; the same object when it is there already."""
+    if device_of(array) == device:
+        return array
+    xp = xp_for(device)
+    return array.get() if xp is np else xp.asarray(array)
+
+
+def as_dtype(dtype: Any) -> np.dtype:
+    """A supported NumPy dtype from its name, type or dtype object."""
+    try:
+        resolved = np.dtype(dtype)
+    except TypeError:
+        resolved = np.dtype(object)
+    if resolved not in DTYPES.values():
+        raise TypeError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    return resolved
+
+
+def as_array(data: Any, dtype: Any = None, device: str | None = None) -> Array:
+    """Anything array-like as an array. Python floats become `default_dtype`; arrays keep their dtype and device."""
+    if isinstance(data, np.ndarray) or xp_of(data) is not np:
+        array = data
+    else:
+        try:
+            array = np.asarray(data)
+        except ValueError as error:
+            raise ValueError(f"cannot make an array of this {type(data).__name__}: {error}") from None
+        if array.dtype == np.float64 and not isinstance(data, np.generic) and dtype is None and not _is_array(data):
+            array = array.astype(default_dtype)
+    if dtype is not None:
+        array = array.astype(as_dtype(dtype), copy=False)
+    elif array.dtype not in DTYPES.values():
+        raise TypeError(f"cannot make a tensor of dtype {array.dtype} from {type(data).__name__}; use numbers")
+    return array if device is None else to_device(array, device)
+
+
+def _is_array(data: Any) -> bool:
+    return hasattr(data, "__array__") or hasattr(data, "__array_interface__") or isinstance(data, memoryview)
+
+
+def memory_root(array: Array) -> Array:
+    """The array that owns the memory that `array` views: two arrays share memory only when their roots are one."""
+    while isinstance(base := array.base, type(array)):
+        array = base
+    return array
+
+
+def byte_bounds(array: Array) -> tuple[int, int]:
+    """First byte and one past the last byte that a NumPy or CuPy array can touch."""
+    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    if array.size == 0:
+        return start, start
+    reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A fast override of one op on one device.
+
+    `forward(*arrays, **params) -> (y, residual)` or NotImplemented to leave these arguments to the formula; `residual`
+    is whatever its own `vjp(g, y, *arrays, residual=residual, **params)` wants to find again. `saves` is read as
+    `Op.saves` is.
+    """
+
+    forward: Callable[..., Any]
+    vjp: Callable[..., Any]
+    saves: str | dict[str, str]
+
+
+kernels: dict[str, dict[str, Kernel]] = {"cpu": {}, "cuda": {}}
+
+
+def register_kernel(device: str, op_name: str, saves: str | dict[str, str] = "") -> Callable[[type], type]:
+    """Class decorator: its `forward` and `vjp` override the op of that name on that device."""
+
+    def decorate(cls: Any) -> Any:
+        kernels[device][op_name] = Kernel(cls.forward, cls.vjp, saves)
+        return cls
+
+    return decorate

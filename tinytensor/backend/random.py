@@ -1,0 +1,101 @@
+"""Random numbers as a pure function of (seed, stream, step, micro_step, call, index): nothing to save, nothing to restore.
+
+The function is Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): its 128-bit key is
+(seed, stream) and its 256-bit counter (index, call, micro_step, step). The same key gives the same numbers in any
+process, thread or order, so a resumed run, another rank, or a recomputed activation sees what the first one saw.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from tinytensor.backend import Array
+
+
+class Key(NamedTuple):
+    """The address of one array of random numbers."""
+
+    seed: int
+    stream: str
+    step: int = 0
+    micro_step: int = 0
+    call: int = 0
+
+    def generator(self) -> np.random.Generator:
+        """A NumPy generator that starts at this address."""
+        mask = (1 << 64) - 1
+        counter = [0, self.call & mask, self.micro_step & mask, self.step & mask]
+        key = [self.seed & mask, zlib.crc32(self.stream.encode())]
+        return np.random.Generator(np.random.Philox(counter=np.array(counter, np.uint64), key=np.array(key, np.uint64)))
+
+
+def uniform(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Uniform on [0, 1)."""
+    return key.generator().random(shape, np.float32 if dtype.itemsize <= 4 else np.float64).astype(dtype, copy=False)
+
+
+def normal(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Standard normal; drawn in float64 so that every dtype sees the same weights, rounded."""
+    return key.generator().standard_normal(shape).astype(dtype, copy=False)
+
+
+def integers(key: Key, low: int, high: int, shape: tuple[int, ...]) -> Array:
+    """Uniform integers in [low, high), int64."""
+    return key.generator().integers(low, high, shape)
+
+
+def keep_mask(key: Key, shape: tuple[int, ...], p: float) -> Array:
+    """Boolean mask that is False with probability p, rounded to a multiple of 2⁻¹⁶ (`keep_probability`)."""
+    size = int(np.prod(shape))
+    words = key.generator().bit_generator.random_raw((size + 3) // 4)  # four 16-bit draws a word
+    return (words.view(np.uint16)[:size] >= drop_threshold(p)).reshape(shape)
+
+
+def drop_threshold(p: float) -> int:
+    return min(round(p * 65536), 65535) if p < 1 else 65536
+
+
+def keep_probability(p: float) -> float:
+    """The exact probability with which `keep_mask` keeps, so that 1/keep_probability makes dropout unbiased."""
+    return 1 - drop_threshold(p) / 65536
+
+
+class _Local(threading.local):
+    scope: tuple[int, int, int, Iterator[int]] | None = None
+
+
+_local = _Local()
+_default_seed = 0
+_default_calls = itertools.count()
+
+
+def manual_seed(seed: int) -> None:
+    """Restart the process-wide sequence that `next_key` hands out outside any `scope`."""
+    global _default_seed, _default_calls
+    _default_seed, _default_calls = int(seed), itertools.count()
+
+
+@contextmanager
+def scope(seed: int, step: int = 0, micro_step: int = 0, first_call: int = 0) -> Iterator[None]:
+    """Within this block (of this thread) `next_key` counts from `first_call` at (seed, step, micro_step)."""
+    outer = _local.scope
+    _local.scope = (int(seed), int(step), int(micro_step), itertools.count(first_call))
+    try:
+        yield
+    finally:
+        _local.scope = outer
+
+
+def next_key(stream: str) -> Key:
+    """A key that nobody else has: the next call number of the current scope."""
+    if _local.scope is None:
+        return Key(_default_seed, stream, call=next(_default_calls))
+    seed, step, micro_step, calls = _local.scope
+    return Key(seed, stream, step, micro_step, next(calls))

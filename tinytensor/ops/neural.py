@@ -1,0 +1,203 @@
+"""The ops that a transformer is made of."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinytensor.autograd import Op, apply, as_value
+from tinytensor.backend import random
+from tinytensor.ops import elementwise as el
+from tinytensor.ops import reduce
+from tinytensor.ops.index import _check_ids, _ids
+
+if TYPE_CHECKING:
+    from tinytensor.tensor import Tensor
+
+
+class LayerNorm(Op):
+    """y = γ·x̂ + β,  x̂ = (x − μ)/σ,  μ and σ² = var + ε over the last axis  (Ba, Kiros & Hinton 2016)
+
+    With h = g·γ:  ∂L/∂x = (h − mean h − x̂·mean(h·x̂))/σ,  ∂L/∂γ = Σ g·x̂,  ∂L/∂β = Σ g
+    """
+
+    saves = {"x": "x weight", "weight": "x"}
+
+    def forward(xp, x, weight, bias=None, *, eps):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        y = weight * (centred / xp.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps))
+        return y if bias is None else y + bias
+
+    def vjp(g, y, x, weight, bias=None, *, eps):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        sigma = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
+        normed = centred / sigma
+
+        def dx():
+            h = g * weight
+            return (h - h.mean(axis=-1, keepdims=True) - normed * (h * normed).mean(axis=-1, keepdims=True)) / sigma
+
+        grads = dx, lambda: g * normed
+        return grads if bias is None else (*grads, g)
+
+
+class Dropout(Op):
+    """y = x·m/q, m a random mask that is 1 with probability q = 1 − p;  dy/dx = m/q  (Srivastava et al. 2014)"""
+
+    def forward(xp, x, p, key):
+        return x * _keep(xp, key, x.shape, p, x.dtype)
+
+    def vjp(g, y, x, p, key):
+        return g * _keep(None, key, x.shape, p, x.dtype)
+
+
+class CausalAttention(Op):
+    """y = a v,  a = softmax(q kᵀ/√d) where the key is not after the query, 0 elsewhere  (Vaswani et al. 2017)
+
+    q (…, T, d), k and v (…, S, d) with S ≥ T: the queries are the last T of the S positions. With dropout, a·m/q in place
+    of a. With da = (g vᵀ)·m/q:  ∂L/∂v = (a·m/q)ᵀ g,  s = a(da − Σ da·a)/√d,  ∂L/∂q = s k,  ∂L/∂k = sᵀ q
+    """
+
+    saves = "q k v"
+
+    def forward(xp, q, k, v, p, key):
+        a = _attention(q, k)
+        return (a * _keep(xp, key, a.shape, p, a.dtype) if p else a) @ v
+
+    def vjp(g, y, q, k, v, p, key):
+        a = _attention(q, k)
+        mask = _keep(None, key, a.shape, p, a.dtype) if p else 1
+        da = (g @ v.swapaxes(-1, -2)) * mask
+        s = a * (da - (da * a).sum(axis=-1, keepdims=True)) * (1 / math.sqrt(q.shape[-1]))
+        return s @ k, s.swapaxes(-1, -2) @ q, (a * mask).swapaxes(-1, -2) @ g
+
+
+def _attention(q, k):
+    """softmax(q kᵀ/√d) with the future masked, in array language."""
+    T, S = q.shape[-2], k.shape[-2]
+    scores = (q @ k.swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
+    past = np.tril(np.ones((T, S), bool), S - T)
+    scores = np.where(past, scores, -np.inf)
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+class CrossEntropy(Op):
+    """y = mean over the counted rows of −(1−ε)·ln p[target] − ε/V·Σⱼ ln pⱼ,  p = softmax(logits);  ∂y/∂logits = (p − t)/n
+
+    t is one-hot(target) smoothed to (1−ε)·onehot + ε/V; rows whose target is ignore_index count nowhere.
+    """
+
+    saves = "logits"
+
+    def forward(xp, logits, targets, ignore_index, label_smoothing):
+        logp = logits - logits.max(axis=-1, keepdims=True)
+        logp = logp - xp.log(xp.exp(logp).sum(axis=-1, keepdims=True))
+        t, n = _smoothed_targets(logits, targets, ignore_index, label_smoothing)
+        return -(logp * t).sum() / n
+
+    def vjp(g, y, logits, targets, ignore_index, label_smoothing):
+        e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        t, n = _smoothed_targets(logits, targets, ignore_index, label_smoothing)
+        counted = t.sum(axis=-1, keepdims=True)  # 1, or 0 for an ignored row
+        return (e / e.sum(axis=-1, keepdims=True) * counted - t) * (g / n)
+
+
+def _smoothed_targets(logits, targets, ignore_index, label_smoothing):
+    """Rows of target probabilities, zero where ignored, and how many rows count."""
+    V = logits.shape[-1]
+    counted = targets != ignore_index
+    t = (np.arange(V, like=targets) == targets[:, None]).astype(logits.dtype)
+    t = (t * (1 - label_smoothing) + label_smoothing / V) * counted[:, None]
+    return t.astype(logits.dtype), (int(counted.sum()) or math.nan)
+
+
+def _keep(xp, key, shape, p, dtype):
+    """The scaled mask m/q of this key: the same in forward, backward and any replay."""
+    mask = random.keep_mask(key, shape, p)
+    q = random.keep_probability(p)
+    mask = mask.astype(dtype) * np.asarray(1 / q if q else 0, dtype)
+    return mask if xp is None or xp is np else xp.asarray(mask)
+
+
+def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """Rows of the last axis brought to mean 0 and variance 1, then scaled by weight (C,) and shifted by bias (C,)."""
+    x, weight = as_value(x), as_value(weight)
+    if x.data.ndim == 0 or weight.data.shape != x.data.shape[-1:]:
+        raise ValueError(f"layer_norm: weight of shape {weight.data.shape} does not fit the last axis of {x.data.shape}")
+    return apply(LayerNorm, x, weight, eps=eps) if bias is None else apply(LayerNorm, x, weight, bias, eps=eps)
+
+
+def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Tensor:
+    """x/√(mean x² + ε)·weight over the last axis (Zhang & Sennrich 2019)."""
+    x, weight = as_value(x), as_value(weight)
+    if x.data.ndim == 0 or weight.data.shape != x.data.shape[-1:]:
+        raise ValueError(f"rms_norm: weight of shape {weight.data.shape} does not fit the last axis of {x.data.shape}")
+    return el.mul(el.mul(x, el.rsqrt(el.add(reduce.mean(el.mul(x, x), -1, keepdims=True), eps))), weight)
+
+
+def dropout(x: Any, p: float = 0.5, training: bool = True, key: random.Key | None = None) -> Tensor:
+    """Zero each element with probability p and scale the rest by 1/(1−p); x itself when not training or p = 0.
+
+    The mask is a function of `key` (the scope's next one by default). p is rounded to a multiple of 2⁻¹⁶.
+    """
+    _check_probability("dropout", p)
+    x = as_value(x)
+    if not training or p == 0:
+        return x
+    return apply(Dropout, x, p=p, key=key or random.next_key("dropout"))
+
+
+def causal_attention(
+    q: Any, k: Any, v: Any, dropout_p: float = 0.0, training: bool = True, key: random.Key | None = None
+) -> Tensor:
+    """Scaled dot-product attention in which position t sees positions ≤ t; every head on its own.
+
+    q (…, T, d), k (…, S, d), v (…, S, e) → (…, T, e), S ≥ T, the queries being the last T positions (so that new tokens
+    attend to cached keys). Dropout falls on the attention weights.
+    """
+    _check_probability("causal_attention", dropout_p)
+    q, k, v = as_value(q), as_value(k), as_value(v)
+    qs, ks, vs = q.data.shape, k.data.shape, v.data.shape
+    if min(len(qs), len(ks), len(vs)) < 2 or qs[-1] != ks[-1] or ks[-2] != vs[-2] or qs[:-2] != ks[:-2] or ks[:-2] != vs[:-2]:
+        raise ValueError(f"causal_attention: shapes q {qs}, k {ks}, v {vs} do not fit (…, T, d), (…, S, d), (…, S, e)")
+    if qs[-2] > ks[-2]:
+        raise ValueError(f"causal_attention: {qs[-2]} queries need at least as many keys, got {ks[-2]}")
+    p = dropout_p if training else 0.0
+    return apply(CausalAttention, q, k, v, p=p, key=(key or random.next_key("attention")) if p else None)
+
+
+def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:
+    """Mean negative log-likelihood in nats of integer targets (…) under logits (…, V).
+
+    Rows whose target is ignore_index are left out (NaN when none is left). label_smoothing ε mixes the target with the
+    uniform distribution: (1−ε)·target + ε/V.
+    """
+    logits, ids = as_value(logits), _ids("cross_entropy", targets)
+    if logits.data.ndim == 0 or logits.data.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"cross_entropy: logits of shape {logits.data.shape} need targets of shape {logits.data.shape[:-1]}, "
+            f"got {ids.shape}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
+    V = logits.data.shape[-1]
+    _check_ids("cross_entropy", ids[ids != ignore_index], V)
+    flat = logits.reshape(-1, V) if logits.data.ndim != 2 else logits
+    return apply(CrossEntropy, flat, targets=ids.reshape(-1), ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+
+def mse_loss(prediction: Any, target: Any) -> Tensor:
+    """Mean of (prediction − target)², over all elements."""
+    prediction, target = as_value(prediction), as_value(target)
+    if prediction.data.shape != target.data.shape:
+        raise ValueError(f"mse_loss: shapes {prediction.data.shape} and {target.data.shape} differ")
+    difference = el.sub(prediction, target)
+    return reduce.mean(el.mul(difference, difference))
+
+
+def _check_probability(op: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: probability p must be in [0, 1], got {p}")

@@ -1,0 +1,186 @@
+"""Reductions along axes, and the softmax family."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinytensor.autograd import Op, Value, apply, as_value
+from tinytensor.ops import elementwise as el
+
+if TYPE_CHECKING:
+    from tinytensor.tensor import Tensor
+
+Axis = int | tuple[int, ...] | None
+
+
+def kept_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
+    """`shape` with the reduced axes kept as 1, so that a reduced array broadcasts against the original."""
+    axes = range(len(shape)) if axis is None else [a % len(shape) for a in ((axis,) if isinstance(axis, int) else axis)]
+    return tuple(1 if i in axes else n for i, n in enumerate(shape))
+
+
+def count(shape: tuple[int, ...], axis: Axis) -> int:
+    """How many elements go into one of the reduction."""
+    return math.prod(n for n, k in zip(shape, kept_shape(shape, axis), strict=True) if k != n)
+
+
+class Sum(Op):
+    """y = Σ x;  ∂y/∂xᵢ = 1"""
+
+    def forward(xp, x, axis, keepdims):
+        return x.sum(axis=axis, keepdims=keepdims)
+
+    def vjp(g, y, x, axis, keepdims):
+        return np.broadcast_to(g.reshape(kept_shape(x.shape, axis)), x.shape)
+
+
+class Max(Op):
+    """y = max x;  equal maxima share the gradient evenly"""
+
+    saves = "y x"
+
+    def forward(xp, x, axis, keepdims):
+        return x.max(axis=axis, keepdims=keepdims)
+
+    def vjp(g, y, x, axis, keepdims):
+        kept = kept_shape(x.shape, axis)
+        hit = (x == y.reshape(kept)).astype(g.dtype)
+        return g.reshape(kept) * (hit / hit.sum(axis=axis, keepdims=True))
+
+
+class Logsumexp(Op):
+    """y = ln Σ eˣ;  ∂y/∂xᵢ = e^(xᵢ − y), the softmax"""
+
+    saves = "y x"
+
+    def forward(xp, x, axis, keepdims):
+        m = x.max(axis=axis, keepdims=True)
+        m = xp.where(xp.isfinite(m), m, 0)  # so that a row of −inf, or a +inf, does not become inf − inf
+        y = xp.log(xp.exp(x - m).sum(axis=axis, keepdims=True)) + m
+        return y if keepdims else y.reshape(x.sum(axis=axis).shape) if axis is None else y.squeeze(axis)
+
+    def vjp(g, y, x, axis, keepdims):
+        kept = kept_shape(x.shape, axis)
+        return g.reshape(kept) * np.exp(x - y.reshape(kept))
+
+
+class Softmax(Op):
+    """yᵢ = e^(xᵢ) / Σⱼ e^(xⱼ);  ∂L/∂xᵢ = yᵢ(gᵢ − Σⱼ gⱼyⱼ)"""
+
+    saves = "y"
+
+    def forward(xp, x, axis):
+        e = xp.exp(x - x.max(axis=axis, keepdims=True))
+        return e / e.sum(axis=axis, keepdims=True)
+
+    def vjp(g, y, x, axis):
+        return y * (g - (g * y).sum(axis=axis, keepdims=True))
+
+
+class LogSoftmax(Op):
+    """yᵢ = xᵢ − ln Σⱼ e^(xⱼ);  ∂L/∂xᵢ = gᵢ − e^(yᵢ) Σⱼ gⱼ"""
+
+    saves = "y"
+
+    def forward(xp, x, axis):
+        z = x - x.max(axis=axis, keepdims=True)
+        return z - xp.log(xp.exp(z).sum(axis=axis, keepdims=True))
+
+    def vjp(g, y, x, axis):
+        return g - np.exp(y) * g.sum(axis=axis, keepdims=True)
+
+
+class Cumsum(Op):
+    """yᵢ = Σ_{j ≤ i} xⱼ;  ∂L/∂xⱼ = Σ_{i ≥ j} gᵢ"""
+
+    def forward(xp, x, axis):
+        return x.cumsum(axis=axis)
+
+    def vjp(g, y, x, axis):
+        return np.flip(np.flip(g, axis=axis).cumsum(axis=axis), axis=axis)
+
+
+def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """Σ over the given axes (all when None)."""
+    return apply(Sum, as_value(x), axis=axis, keepdims=keepdims)
+
+
+def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """Σ/n over the given axes; NaN when n = 0."""
+    x = as_value(x)
+    n = count(x.data.shape, axis)
+    return el.mul(sum(x, axis, keepdims), 1 / n if n else math.nan)
+
+
+def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
+    """Σ(x − mean)²/(n − ddof), from centred values. ddof=0 as in NumPy; PyTorch's default is 1."""
+    x = as_value(x)
+    n = count(x.data.shape, axis) - ddof
+    centred = el.sub(x, mean(x, axis, keepdims=True))
+    return el.mul(sum(el.mul(centred, centred), axis, keepdims), 1 / n if n > 0 else math.nan)
+
+
+def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
+    """√var; its gradient is not finite where all values are equal."""
+    return el.sqrt(var(x, axis, keepdims, ddof))
+
+
+def max(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """Largest value along the axes; equal maxima share the gradient evenly (as torch.amax)."""
+    return apply(Max, as_value(x), axis=axis, keepdims=keepdims)
+
+
+def min(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """Smallest value along the axes; equal minima share the gradient evenly (as torch.amin)."""
+    return el.neg(max(el.neg(x), axis, keepdims))
+
+
+def prod(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
+    """Π along one axis (all when None), as a balanced tree of products: its derivatives hold where factors are 0."""
+    x = as_value(x)
+    shape = x.data.shape
+    kept = kept_shape(shape, axis)
+    y = x.reshape(-1) if axis is None else x.swapaxes(axis, -1)
+    if y.shape[-1] == 0:
+        y = np.ones((*y.shape[:-1], 1), y.dtype)
+    while (n := y.shape[-1]) > 1:
+        pairs = y[..., : n - n % 2 : 2] * y[..., 1::2]
+        y = pairs if n % 2 == 0 else np.concatenate([pairs, y[..., -1:]], axis=-1)
+    y = as_value(y)
+    if not keepdims:
+        kept = tuple(n for i, n in enumerate(shape) if axis is not None and i != axis % len(shape))
+    y = y.reshape(kept) if axis is None else y.swapaxes(axis, -1).reshape(kept)
+    return y
+
+
+def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """ln Σ eˣ, without overflow."""
+    return apply(Logsumexp, as_value(x), axis=axis, keepdims=keepdims)
+
+
+def softmax(x: Any, axis: int = -1) -> Tensor:
+    """eˣ/Σeˣ along one axis; each slice sums to 1."""
+    return apply(Softmax, as_value(x), axis=axis)
+
+
+def log_softmax(x: Any, axis: int = -1) -> Tensor:
+    """ln softmax, accurate where the softmax is tiny."""
+    return apply(LogSoftmax, as_value(x), axis=axis)
+
+
+def cumsum(x: Any, axis: int = -1) -> Tensor:
+    """Running sum along one axis."""
+    return apply(Cumsum, as_value(x), axis=axis)
+
+
+def argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
+    """Index of the first largest value (int64, no gradient)."""
+    return Value.result_type(np.asarray(as_value(x).data.argmax(axis=axis, keepdims=keepdims)))
+
+
+def argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
+    """Index of the first smallest value (int64, no gradient)."""
+    return argmax(el.neg(x), axis, keepdims)

@@ -1,0 +1,292 @@
+"""Optimisers. Parameters and gradients of a model live in flat buffers, so an update is a few passes over memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tinytensor import backend, writes
+from tinytensor.autograd import Leaf
+from tinytensor.backend import Array
+from tinytensor.tensor import Tensor
+
+_ALIGNMENT = 64  # bytes: each parameter starts on a cache line of its buffer
+
+
+class FlatBuffer:
+    """The parameters of one dtype and device laid end to end, their gradients likewise; each parameter becomes a view."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        first = parameters[0].data
+        xp = backend.xp_of(first)
+        step = _ALIGNMENT // first.itemsize
+        self.parameters = parameters
+        self.starts = [0]
+        for p in parameters:
+            self.starts.append(self.starts[-1] + -(-p.size // step) * step)
+        self.data = xp.zeros(self.starts[-1], first.dtype)
+        self.grad = xp.zeros(self.starts[-1], first.dtype)
+        self.views: list[Array] = []
+        for p, start in zip(parameters, self.starts, strict=False):
+            view = self.data[start : start + p.size].reshape(p.shape)
+            view[...] = p.data
+            p.data = view
+            self.views.append(view)
+            leaf = p.node
+            if isinstance(leaf, Leaf):
+                leaf.slot = self.grad[start : start + p.size].reshape(p.shape)
+
+    def gather(self) -> list[bool]:
+        """Bring back what a user replaced (p.data = …, p.grad = …), and say which parameters have a gradient."""
+        present = []
+        for p, view in zip(self.parameters, self.views, strict=True):
+            if p.data is not view:
+                view[...] = p.data
+                p.data = view
+            leaf = p.node
+            if not isinstance(leaf, Leaf) or leaf.grad is None:
+                present.append(False)
+                continue
+            if leaf.slot is None:
+                start = self.starts[len(present)]
+                leaf.slot = self.grad[start : start + p.size].reshape(p.shape)
+            if leaf.grad.data is not leaf.slot:
+                leaf.slot[...] = leaf.grad.data
+                leaf.grad = Tensor(leaf.slot)
+            present.append(True)
+        return present
+
+
+class Optimizer:
+    """Parameter groups, flat buffers and state; a subclass says how to update a stretch of memory.
+
+    `params`: tensors, or dicts with "params" and any of the hyper-parameters. Hyper-parameters are read from `param_groups` at
+    each step, so whoever owns the schedule sets group["lr"]. A parameter without gradient is left as it is.
+    """
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        given = list(params)
+        if not given:
+            raise ValueError(f"{type(self).__name__} got no parameters")
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        self.param_groups: list[dict[str, Any]] = []
+        seen: set[int] = set()
+        for group in groups:
+            unknown = set(group) - set(defaults) - {"params"}
+            if unknown:
+                raise ValueError(f"{type(self).__name__} does not know {sorted(unknown)}; it takes {sorted(defaults)}")
+            members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            for p in members:
+                if not isinstance(p, Tensor) or not p.requires_grad or not p.is_leaf:
+                    raise ValueError(f"{type(self).__name__} optimises leaf tensors that require gradients, got {p!r}")
+                if id(p) in seen:
+                    raise ValueError(
+                        f"a parameter of shape {p.shape} was given twice; shared weights belong in one group, once"
+                    )
+                seen.add(id(p))
+            self.param_groups.append({**defaults, **group, "params": members})
+            self._check(self.param_groups[-1])
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        kinds: dict[tuple[str, str], list[int]] = {}
+        for i, p in enumerate(self._parameters):
+            kinds.setdefault((p.dtype.name, p.device), []).append(i)
+        self._buffers = [(FlatBuffer([self._parameters[i] for i in places]), places) for places in kinds.values()]
+        self._state = [{n: backend.xp_of(b.data).zeros_like(b.data) for n in self.state_names} for b, _ in self._buffers]
+        self._steps = [0] * len(self._parameters)
+        self._group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+
+    def _check(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay", "eps", "momentum"):
+            if name in group and not (group[name] >= 0 and math.isfinite(group[name])):
+                raise ValueError(f"{type(self).__name__}: {name} must be finite and not negative, got {group[name]}")
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for (buffer, places), state in zip(self._buffers, self._state, strict=True):
+            for first, last in self._stretches(places, buffer.gather()):
+                begin, end = buffer.starts[first], buffer.starts[last]
+                group = self.param_groups[self._group_of[places[first]]]
+                moments = [state[name][begin:end] for name in self.state_names]
+                self._update(buffer.data[begin:end], buffer.grad[begin:end], moments, group, self._steps[places[first]])
+            writes.record(buffer.data)
+
+    def _stretches(self, places: list[int], present: list[bool]) -> Iterator[tuple[int, int]]:
+        """Longest runs [first, last) of parameters with gradients that share a group and a step count, counting this step."""
+        for i, there in zip(places, present, strict=True):
+            self._steps[i] += there
+        first = None
+        for k in range(len(places) + 1):
+            if first is not None and (
+                k == len(places)
+                or not present[k]
+                or self._group_of[places[k]] != self._group_of[places[first]]
+                or self._steps[places[k]] != self._steps[places[first]]
+            ):
+                yield first, k
+                first = None
+            if k < len(places) and present[k] and first is None:
+                first = k
+
+    def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in self._parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step counts, moments (copies, by parameter index) and the groups' hyper-parameters."""
+        state: dict[str, Any] = {"steps": list(self._steps)}
+        for name in self.state_names:
+            arrays: dict[int, Any] = {}
+            for (buffer, places), moments in zip(self._buffers, self._state, strict=True):
+                for k, i in enumerate(places):
+                    p, start = self._parameters[i], buffer.starts[k]
+                    arrays[i] = np.array(backend.to_device(moments[name][start : start + p.size], "cpu")).reshape(p.shape)
+            state[name] = [arrays[i] for i in range(len(self._parameters))]
+        state["param_groups"] = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over another optimiser's state; ValueError, and nothing changed, when the parameters do not fit."""
+        shapes = [p.shape for p in self._parameters]
+        for name in self.state_names:
+            theirs = [np.shape(a) for a in state[name]]
+            if theirs != shapes:
+                raise ValueError(f"optimiser state {name} has shapes {theirs} where the parameters have {shapes}")
+        if len(state["steps"]) != len(shapes) or len(state["param_groups"]) != len(self.param_groups):
+            raise ValueError("optimiser state has another number of parameters or groups")
+        self._steps = [int(s) for s in state["steps"]]
+        for (buffer, places), moments in zip(self._buffers, self._state, strict=True):
+            for k, i in enumerate(places):
+                start, size = buffer.starts[k], self._parameters[i].size
+                for name in self.state_names:
+                    values = np.asarray(state[name][i], moments[name].dtype).reshape(-1)
+                    moments[name][start : start + size] = backend.to_device(values, backend.device_of(moments[name]))
+        for group, theirs in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update(theirs)
+
+
+class SGD(Optimizer):
+    """v ← μv + g (+ λp);  p ← p − lr·v, or with Nesterov p ← p − lr·(g + μv)  (Sutskever et al. 2013, PyTorch's form)."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        if nesterov and momentum <= 0:
+            raise ValueError(f"SGD: Nesterov needs momentum > 0, got {momentum}")
+        self.state_names = ("momentum_buffer",)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+
+    def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
+        if group["weight_decay"]:
+            g = g + group["weight_decay"] * p
+        if group["momentum"]:
+            (v,) = state
+            v *= group["momentum"]
+            v += g
+            g = g + group["momentum"] * v if group["nesterov"] else v
+        p -= group["lr"] * g
+
+
+class AdamW(Optimizer):
+    """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p·(1 − lr·λ) − lr·m̂/(√v̂ + ε),  m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ)
+
+    λ is the decoupled weight decay (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019).
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if not all(0 <= b < 1 for b in group["betas"]):
+            raise ValueError(f"AdamW: betas must be in [0, 1), got {group['betas']}")
+
+    def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
+        m, v = state
+        beta1, beta2 = group["betas"]
+        for i in range(0, p.size, _BLOCK):
+            block = slice(i, i + _BLOCK)
+            self._update_block(p[block], g[block], m[block], v[block], group, beta1, beta2, step)
+
+    def _update_block(
+        self, p: Array, g: Array, m: Array, v: Array, group: dict[str, Any], beta1: float, beta2: float, step: int
+    ) -> None:
+        scratch = g * (1 - beta1)
+        m *= beta1
+        m += scratch
+        scratch = g * g
+        scratch *= 1 - beta2
+        v *= beta2
+        v += scratch
+        xp = backend.xp_of(p)
+        xp.sqrt(v, out=scratch)  # √v̂ + ε
+        scratch *= 1 / math.sqrt(1 - beta2**step)
+        scratch += group["eps"]
+        xp.divide(m, scratch, out=scratch)
+        scratch *= group["lr"] / (1 - beta1**step)
+        if group["weight_decay"]:
+            p *= 1 - group["lr"] * group["weight_decay"]
+        p -= scratch
+
+
+_BLOCK = 1 << 15  # elements: p, g, m, v and one scratch array of a block stay in a core's cache through all passes
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients by min(1, max_norm/(norm + 1e-6)) in place, norm = √Σg² over all of them; returns norm.
+
+    float64 accumulation. Gradients that fill an optimiser's flat buffer are measured and scaled in one call.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm_: max_norm must be positive, got {max_norm}")
+    grads = [p.grad.data for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
+    arrays = _whole_buffers(grads)
+    norm = math.sqrt(sum(_sum_of_squares(a) for a in arrays))
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1:
+        for a in arrays:
+            a *= scale
+            writes.record(a)
+    return norm
+
+
+def _whole_buffers(grads: list[Array]) -> list[Array]:
+    """The same memory in fewer arrays: a buffer in place of its views where they cover all of it but the padding."""
+    views: dict[int, list[Array]] = {}
+    for g in grads:
+        views.setdefault(id(g if g.base is None else g.base), []).append(g)
+    merged: list[Array] = []
+    for parts in views.values():
+        base = parts[0].base
+        step = _ALIGNMENT // parts[0].itemsize
+        covered = sum(-(-g.size // step) * step for g in {id(g): g for g in parts}.values())
+        whole = base is not None and base.ndim == 1 and base.flags.c_contiguous and covered == base.size
+        merged.extend([base] if whole else {id(g): g for g in parts}.values())
+    return merged
+
+
+def _sum_of_squares(a: Array) -> float:
+    flat = a.reshape(-1)
+    return float(sum(float(block @ block) for block in (flat[i : i + _BLOCK] for i in range(0, flat.size, _BLOCK))))

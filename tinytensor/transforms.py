@@ -1,0 +1,161 @@
+"""Derivatives as functions: grad, value_and_grad, vjp, jvp, and checkpoint, which trades compute for memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinytensor import autograd
+from tinytensor.autograd import Node, Op, Spec, Value
+from tinytensor.backend import random
+from tinytensor.tensor import Tensor, root
+
+
+def grad(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """∂(Σ outputs·grad_outputs)/∂input for each input; no .grad is touched.
+
+    Inputs may be leaves or results. grad_outputs: one per output, of its shape; may be left out for outputs of one element.
+    create_graph records the pass, so that the result can be differentiated again, as deep as you like. An input that no
+    output depends on raises, or gives None with allow_unused.
+    """
+    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    ins = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    seeds = [None] * len(outs) if grad_outputs is None else [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
+    for i, x in enumerate(ins):
+        if x.node is None:
+            raise RuntimeError(f"grad: input {i}, of shape {x.shape}, does not require gradients; set requires_grad=True")
+    found: dict[Any, Any] = {}
+    wanted = [x.node for x in ins if x.node is not None]
+    autograd.sweep(
+        [root(out, seed, create_graph) for out, seed in zip(outs, seeds, strict=True)],
+        lambda node, g, owned: found.__setitem__(node, g),
+        retain_graph=create_graph if retain_graph is None else retain_graph,
+        create_graph=create_graph,
+        wanted=wanted,
+    )
+    missing = [i for i, x in enumerate(ins) if x.node not in found]
+    if missing and not allow_unused:
+        raise RuntimeError(f"grad: no output depends on input {missing[0]}; pass allow_unused=True to get None for it")
+    return tuple(None if x.node not in found else autograd.as_value(found[x.node]) for x in ins)
+
+
+def value_and_grad(f: Callable[..., Tensor], argnums: int | Sequence[int] = 0) -> Callable[..., tuple[Tensor, Any]]:
+    """A function that returns f(*args), one element, and its gradient with respect to the arguments `argnums`."""
+    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def value_and_gradient(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        leaves = list(args)
+        for i in places:
+            leaves[i] = _fresh_leaf(args[i])
+        with autograd.enable_grad():
+            y = f(*leaves, **kwargs)
+        grads = grad(y, [leaves[i] for i in places], allow_unused=True)
+        filled = tuple(Tensor(np.zeros_like(leaves[i].data)) if g is None else g for i, g in zip(places, grads, strict=True))
+        return y.detach(), filled[0] if isinstance(argnums, int) else filled
+
+    return value_and_gradient
+
+
+def vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable[[Any], tuple[Tensor, ...]]]:
+    """f(*primals) and the function v ↦ vᵀJ, one gradient per primal, J the Jacobian of f there."""
+    leaves = [_fresh_leaf(x) for x in primals]
+    with autograd.enable_grad():
+        y = f(*leaves)
+
+    def pullback(v: Any) -> tuple[Tensor, ...]:
+        grads = (
+            grad(y, leaves, grad_outputs=[v], retain_graph=True, allow_unused=True) if y.requires_grad else [None] * len(leaves)
+        )
+        return tuple(Tensor(np.zeros_like(x.data)) if g is None else g for x, g in zip(leaves, grads, strict=True))
+
+    return y.detach(), pullback
+
+
+def jvp(f: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """f(*primals) and J·tangents: the change of f along the tangents.
+
+    u ↦ uᵀJ is linear in u, so its own vjp with the tangents is Jt: two backward passes make one forward derivative.
+    """
+    leaves = [_fresh_leaf(x) for x in primals]
+    moves = [autograd.as_value(t) for t in tangents]
+    for i, (x, t) in enumerate(zip(leaves, moves, strict=True)):
+        if x.shape != t.shape:
+            raise ValueError(f"jvp: tangent {i} has shape {t.shape}, its primal {x.shape}")
+    with autograd.enable_grad():
+        y = f(*leaves)
+        zero = Tensor(np.zeros_like(y.data))
+        if not y.requires_grad:
+            return y, zero
+        u = _fresh_leaf(zero)
+        pulled = grad(y, leaves, grad_outputs=[u], create_graph=True, allow_unused=True)
+        pairs = [(g, t) for g, t in zip(pulled, moves, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return y.detach(), zero
+        (result,) = grad([g for g, _ in pairs], [u], grad_outputs=[t for _, t in pairs], allow_unused=True)
+    return y.detach(), zero if result is None else result
+
+
+def _fresh_leaf(x: Any) -> Tensor:
+    leaf = Tensor(autograd.as_value(x).data)
+    leaf.requires_grad = True
+    return leaf
+
+
+class Checkpoint(Op):
+    """y = f(x₁, x₂, …), keeping only the inputs;  backward runs f again, this time recorded"""
+
+    saves = "*"
+
+    def forward(xp, *inputs):
+        raise NotImplementedError
+
+    def vjp(g, y, *inputs):
+        raise NotImplementedError
+
+
+class _Replay(Node):
+    """A node that stands for a whole function: on its turn it records the function's graph and hands the gradient to that."""
+
+    __slots__ = ("f",)
+    opaque = True  # what f closes over (its parameters) is not among the edges
+
+    def shares(self, g: Any, create_graph: bool) -> list[tuple[Any, Any]]:
+        if self.values is None:
+            return super().shares(g, create_graph)  # raises: freed
+        self._check_unwritten([v.data for v in self.values if isinstance(v, Value)])
+        with autograd.enable_grad():
+            y = self.f(*self.values[1:])
+        return [] if y.node is None else [(y.node, g)]
+
+
+def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """f(*inputs) without keeping what happens inside f: backward runs f a second time, with the same dropout.
+
+    f must return one tensor and give the same result when called again. Gradients reach the inputs and everything f closes
+    over. (Chen et al., "Training deep nets with sublinear memory cost", 2016.)
+    """
+    key = random.next_key("checkpoint")
+
+    def run(*args: Any) -> Tensor:
+        with random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20):
+            return f(*args)
+
+    with autograd.no_grad():
+        y = run(*inputs)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"checkpoint: f must return one tensor, it returned {type(y).__name__}")
+    if not autograd.is_grad_enabled() or y.dtype.kind != "f":
+        return y
+    edges = [x.node if isinstance(x, Value) else None for x in inputs]
+    node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *inputs], None)
+    node.f = run
+    return Tensor(y.data, node)

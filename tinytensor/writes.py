@@ -1,0 +1,76 @@
+"""Who wrote where, and when: the log that keeps in-place writing honest.
+
+Nodes and writes are numbered by one counter, so "was this array written after that node saved it?" is a comparison. The log
+knows a write by the memory it touched, not by the tensor it went through: a write through a view, a slice or a detached
+twin is found as well. Nothing is paid per operation; the log is searched only when some write is newer than a node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from types import CodeType
+from typing import NamedTuple
+
+from tinytensor.backend import Array, byte_bounds, memory_root
+
+serial = itertools.count(1)
+latest = 0  # serial of the newest write
+
+_MAX_RANGES = 64  # writes to more places of one array than this are remembered as one range over all of them
+
+
+class Origin(NamedTuple):
+    """A line of the user's code, kept unresolved because resolving it costs more than most ops."""
+
+    code: CodeType
+    instruction: int
+
+    def __str__(self) -> str:
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.instruction < end)
+        return f"{self.code.co_filename}:{next(lines, None) or self.code.co_firstlineno}"
+
+
+def caller() -> Origin:
+    """The innermost line outside this package that led here."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "")[:10] == "tinytensor" and frame.f_back is not None:
+        frame = frame.f_back
+    return Origin(frame.f_code, frame.f_lasti)
+
+
+class Write(NamedTuple):
+    serial: int
+    origin: Origin
+
+
+_log: dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]] = {}
+
+
+def record(array: Array) -> None:
+    """Note that the memory of `array` has just been written, by the user's current line."""
+    global latest
+    root = memory_root(array)
+    key = id(root)
+    if key not in _log:
+        _log[key] = (weakref.ref(root, lambda _: _log.pop(key, None)), {})
+    ranges = _log[key][1]
+    latest = next(serial)
+    ranges[byte_bounds(array)] = Write(latest, caller())
+    if len(ranges) > _MAX_RANGES:
+        low, high, newest = min(lo for lo, _ in ranges), max(hi for _, hi in ranges), ranges[byte_bounds(array)]
+        ranges.clear()
+        ranges[low, high] = newest
+
+
+def find(array: Array, since: int) -> Write | None:
+    """A write newer than `since` to memory that `array` can see, or None."""
+    if latest < since:
+        return None
+    entry = _log.get(id(memory_root(array)))
+    if entry is None:
+        return None
+    low, high = byte_bounds(array)
+    hits = [w for (lo, hi), w in entry[1].items() if w.serial > since and lo < high and low < hi]
+    return max(hits, default=None, key=lambda w: w.serial)
