@@ -7,7 +7,7 @@ from tinytensor import backend, nn, optim, testing
 from tinytensor.autograd import Op, apply, enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from tinytensor.backend import random
 from tinytensor.backend.random import manual_seed
-from tinytensor.creation import arange, eye, full, ones, ones_like, rand, randint, randn, zeros, zeros_like
+from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, zeros, zeros_like
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
 from tinytensor.ops import __all__ as _op_names
 from tinytensor.tensor import Tensor, tensor
@@ -21,6 +21,7 @@ __all__ = [
     "Tensor",
     "apply",
     "arange",
+    "as_tensor",
     "backend",
     "checkpoint",
     "enable_grad",

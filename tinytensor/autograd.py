@@ -34,7 +34,7 @@ class Value:
     __slots__ = ("__weakref__", "data", "node")
     data: Array
     node: Node | Leaf | None
-    result_type: ClassVar[type[Value]]  # the one hook: what `apply` returns; tensor.py sets it
+    result_type: ClassVar[Any]  # the one hook: what `apply` returns; tensor.py sets it
 
     def __init__(self, data: Array, node: Node | Leaf | None = None) -> None:
         self.data = data
@@ -132,9 +132,8 @@ class Node:
             self._check_unwritten(values)
         if create_graph:
             make = Value.result_type
-            linked = [
-                make(v, e) if e is not None and not isinstance(v, Spec) else v for v, e in zip(values, [self, *self.edges])
-            ]
+            nodes = [self, *self.edges]
+            linked = [v if n is None or isinstance(v, Spec) else make(v, n) for v, n in zip(values, nodes, strict=True)]
             gradients = self.op.vjp(g, *linked, **self.params)
         elif self.vjp is not None:
             gradients = self.vjp(g, *values, **self.params)
@@ -422,7 +421,7 @@ def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
             else:
                 node.grad = Value.result_type(g if owned else backend.as_array(g).copy())
         elif recorded or node.grad.node is not None:
-            node.grad = node.grad + g  # type: ignore[operator]
+            node.grad = node.grad + g
         else:
             node.grad.data += g
             writes.record(node.grad.data)

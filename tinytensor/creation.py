@@ -24,6 +24,13 @@ def _shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(int(n) for n in sizes)
 
 
+def as_tensor(data: Any, dtype: Any = None, device: str | None = None) -> Tensor:
+    """`data` as a tensor without copying where possible: a tensor as it is, an array sharing its memory."""
+    t = data if isinstance(data, Tensor) else Tensor(backend.as_array(data, dtype, device))
+    t = t if dtype is None else t.astype(dtype)
+    return t if device is None else t.to(device)
+
+
 def zeros(*shape: Any, dtype: Any = "float32", device: str = "cpu", requires_grad: bool = False) -> Tensor:
     """Zeros of a shape, given as numbers or as one tuple."""
     return _make(np.zeros(_shape(shape), backend.as_dtype(dtype)), None, device, requires_grad)
@@ -77,4 +84,17 @@ def randint(low: int, high: int, shape: Any, device: str = "cpu") -> Tensor:
     return _make(random.integers(random.next_key("randint"), low, high, sizes), None, device, False)
 
 
-__all__ = ["arange", "eye", "full", "ones", "ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"]
+__all__ = [
+    "arange",
+    "as_tensor",
+    "eye",
+    "full",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]

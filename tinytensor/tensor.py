@@ -9,6 +9,7 @@ import numpy as np
 
 from tinytensor import autograd, backend, ops, writes
 from tinytensor.autograd import Leaf, Node, Value
+from tinytensor.ops.index import plain_index, written
 
 
 class Tensor(Value):
@@ -70,7 +71,7 @@ class Tensor(Value):
 
     @property
     def grad(self) -> Tensor | None:
-        grad = None if self.node is None else self.node.grad
+        grad: Any = None if self.node is None else self.node.grad
         return None if grad is True else grad
 
     @grad.setter
@@ -188,7 +189,7 @@ class Tensor(Value):
     # -- writing in place
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        index = ops.plain_index(index)
+        index = plain_index(index)
         if self._tracks(value):
             self._rewrite(lambda before: ops.setitem(before, index, value))
         else:
@@ -225,7 +226,7 @@ class Tensor(Value):
             )
         y = op(Tensor(self.data.copy(), self.node))
         self._overwrite(y)
-        self.node = ops.written(y).node  # newer than the write: what this memory holds from now on
+        self.node = written(y).node  # newer than the write: what this memory holds from now on
 
     def __iadd__(self, other: Any) -> Tensor:
         return self._inplace(ops.add, other)

@@ -126,6 +126,7 @@ class _Replay(Node):
     """A node that stands for a whole function: on its turn it records the function's graph and hands the gradient to that."""
 
     __slots__ = ("f",)
+    f: Callable[..., Tensor]
     opaque = True  # what f closes over (its parameters) is not among the edges
 
     def shares(self, g: Any, create_graph: bool) -> list[tuple[Any, Any]]:

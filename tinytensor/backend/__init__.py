@@ -17,7 +17,8 @@ import numpy as np
 Array = Any  # numpy.ndarray or cupy.ndarray: CuPy is optional, so no common type can be named
 
 default_dtype = np.dtype(np.float32)
-DTYPES = {name: np.dtype(name) for name in ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool"]}
+_NAMES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 bool"
+DTYPES = {name: np.dtype(name) for name in _NAMES.split()}
 
 
 def xp_of(*arrays: Array) -> ModuleType:

@@ -24,7 +24,7 @@ from tinytensor.ops.elementwise import (
     tanh,
     where,
 )
-from tinytensor.ops.index import embedding, gather, getitem, plain_index, scatter_add, setitem, written
+from tinytensor.ops.index import embedding, gather, getitem, scatter_add, setitem
 from tinytensor.ops.linalg import einsum, linear, matmul
 from tinytensor.ops.neural import causal_attention, cross_entropy, dropout, layer_norm, mse_loss, rms_norm
 from tinytensor.ops.reduce import (

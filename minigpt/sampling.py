@@ -1,0 +1,119 @@
+"""Text from a model, one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+import tinytensor as tt
+from minigpt.checkpoint import Checkpoint
+from minigpt.model import GPT, KVCache
+from tinytensor import random
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token from its logits."""
+
+    temperature: float = 0.8
+    """divides the logits: below 1 safer, above 1 wilder, 0 always the likeliest token"""
+    top_k: int | None = None
+    """choose among the k likeliest tokens only"""
+    top_p: float | None = None
+    """choose among the fewest tokens that together have probability p"""
+    repetition_penalty: float = 1.0
+    """above 1: logits of tokens already in the context are divided by it if positive, multiplied if negative"""
+    seed: int = 1337
+    """the same seed, prompt and model give the same text"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < np.inf:
+            raise ValueError(f"temperature={self.temperature} must be finite and not negative")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 < self.repetition_penalty < np.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive")
+
+    def probabilities(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """Distribution of the next token, float64 (V,), from logits (V,) and the ids seen so far."""
+        z = logits.astype(np.float64)
+        if self.repetition_penalty != 1:
+            seen = np.unique(context)
+            z[seen] = np.where(z[seen] > 0, z[seen] / self.repetition_penalty, z[seen] * self.repetition_penalty)
+        if self.temperature == 0:
+            return np.eye(len(z))[z.argmax()]
+        z = (z - z.max()) / self.temperature
+        order = np.argsort(-z, kind="stable")  # likeliest first
+        p = np.exp(z[order])
+        if self.top_k is not None:
+            p[self.top_k :] = 0
+        p /= p.sum()
+        if self.top_p is not None:
+            p[np.cumsum(p) - p >= self.top_p] = 0
+            p /= p.sum()
+        result = np.empty_like(p)
+        result[order] = p
+        return result
+
+
+def generate(
+    model: GPT,
+    ids: np.ndarray,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    sample: int = 0,
+    use_cache: bool = True,
+) -> Iterator[int]:
+    """Yield up to max_tokens ids that continue the prompt `ids` (at least one), each chosen from the last block_size tokens.
+
+    `sample` numbers the continuations of one seed. The cache changes nothing but the time: once the context is full, every
+    position shifts with each token, and the window is computed afresh.
+    """
+    context = np.asarray(ids, np.int64).reshape(-1)
+    if context.size == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    block, was_training = model.config.block_size, model.training
+    p0 = next(model.parameters())
+    cache = KVCache(model.config, 1, p0.dtype, p0.device) if use_cache else None
+    fed = 0  # tokens of the context that the cache holds
+    for position in range(max_tokens):
+        if cache is not None and context.size > block:
+            cache = None
+        window = context[-block:] if cache is None else context[fed:]
+        model.eval()
+        with tt.no_grad():
+            logits = model.head(model.features(window[None], cache)[:, -1]).numpy()[0]
+        model.train(was_training)
+        fed = context.size
+        u = random.uniform(random.Key(sampling.seed, "sample", step=sample, micro_step=position), (), np.dtype(np.float64))
+        cumulative = np.cumsum(sampling.probabilities(logits, context))
+        token = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+        context = np.append(context, token)
+        yield token
+
+
+def speak(checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int, sampling: Sampling) -> Iterator[str]:
+    """Yield the prompt and its continuations piece by piece, ready to print."""
+    if max_tokens < 0 or num_samples < 1:
+        raise ValueError(f"max_tokens={max_tokens} must not be negative and num_samples={num_samples} must be at least 1")
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one character")
+    tokenizer = checkpoint.tokenizer
+    ids = tokenizer.encode(prompt)
+    model = checkpoint.build_model()
+    for sample in range(num_samples):
+        yield prompt
+        written: list[int] = []
+        shown = ""
+        for token in generate(model, ids, max_tokens, sampling, sample):
+            written.append(token)
+            text = tokenizer.decode(written)
+            whole = text.rstrip("\ufffd")  # bytes of a character that is not finished yet wait for the rest
+            if len(whole) > len(shown):
+                yield whole[len(shown) :]
+                shown = whole
+        yield tokenizer.decode(written)[len(shown) :] + "\n" + ("---\n" if sample + 1 < num_samples else "")

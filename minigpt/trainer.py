@@ -1,0 +1,115 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import tinytensor as tt
+from minigpt import checkpoint
+from minigpt.checkpoint import Checkpoint
+from minigpt.config import TrainConfig
+from minigpt.corpus import Corpus
+from minigpt.data import Dataset
+from minigpt.model import GPT
+from minigpt.sampling import Sampling, generate
+from minigpt.schedule import warmup_cosine
+from minigpt.tokenizer import make_tokenizer
+from minigpt.tracking import Tracker
+from tinytensor import optim, random
+
+
+class Trainer:
+    """One run: the model, its data, its optimiser, and the step it has reached."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, out_dir: Path, resumed: Checkpoint | None = None) -> None:
+        self.config, self.corpus, self.out_dir = config, corpus, out_dir
+        self.tokenizer = resumed.tokenizer if resumed else make_tokenizer(config.tokenizer, corpus.text)
+        self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size)
+        with random.scope(config.seed):
+            self.model = GPT(config.model(self.tokenizer.vocab_size)).to(config.device)
+        self.optimizer = optim.AdamW(
+            self.model.parameter_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2)
+        )
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.best_val_loss = math.inf
+        if resumed:
+            self.model.load_state_dict(resumed.model)
+            self.optimizer.load_state_dict(resumed.optimizer)
+            self.step, self.tokens, self.seconds = resumed.step, resumed.tokens, resumed.seconds
+            self.best_val_loss = math.inf if resumed.best_val_loss is None else resumed.best_val_loss
+
+    def train(self, tracker: Tracker) -> float:
+        """Train from the current step to max_steps; return the last validation loss."""
+        config = self.config
+        started = time.perf_counter() - self.seconds
+        val_loss = math.nan
+        while True:
+            if self.step % config.eval_interval == 0 or self.step == config.max_steps:
+                val_loss = self.evaluate()
+                self.seconds = time.perf_counter() - started
+                tracker.evaluation(self.step, val_loss, self.tokens, self.seconds, self.sample())
+                self.save(val_loss)
+            if self.step >= config.max_steps:
+                return val_loss
+            lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
+            loss, norm = self.train_step(lr)
+            self.step += 1
+            self.tokens += config.tokens_per_step
+            self.seconds = time.perf_counter() - started
+            tracker.step(self.step, loss, lr, norm, self.tokens, self.seconds)
+
+    def train_step(self, lr: float) -> tuple[float, float]:
+        """One optimiser step on `accumulation` micro-batches; its loss and the gradient norm before clipping."""
+        config = self.config
+        self.model.zero_grad()
+        total = 0.0
+        for micro_step in range(config.accumulation):
+            x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
+            with random.scope(config.seed, self.step, micro_step):
+                _, loss = self.model(x, y)
+            (loss / config.accumulation).backward()  # so that the gradients are those of one large batch
+            total += loss.item() / config.accumulation
+        norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return total, norm
+
+    def evaluate(self) -> float:
+        """Mean loss in nats per token over the whole validation split."""
+        total, count = 0.0, 0
+        self.model.eval()
+        with tt.no_grad():
+            for x, y in self.data.validation(rows=max(1, 4096 // self.config.block_size)):
+                _, loss = self.model(x, y)
+                total += loss.item() * y.size
+                count += y.size
+        self.model.train()
+        return total / count
+
+    def sample(self) -> str:
+        """Verse from the model as it is now."""
+        prompt = self.tokenizer.decode(self.data.val[:1])
+        ids = generate(self.model, self.data.val[:1], self.config.sample_tokens, Sampling(seed=self.config.seed))
+        return prompt + self.tokenizer.decode(ids) if self.config.sample_tokens else ""
+
+    def save(self, val_loss: float) -> None:
+        """Write the last checkpoint, and the best when this is it."""
+        best = val_loss < self.best_val_loss
+        self.best_val_loss = min(val_loss, self.best_val_loss)
+        state = Checkpoint(
+            config=self.config,
+            tokenizer=self.tokenizer,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            val_loss=val_loss,
+            best_val_loss=self.best_val_loss,
+            text_sha256=self.corpus.sha256,
+        )
+        for name in (checkpoint.LAST, checkpoint.BEST) if best else (checkpoint.LAST,):
+            checkpoint.save(self.out_dir / name, state)
