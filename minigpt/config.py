@@ -113,6 +113,11 @@ class TrainConfig:
     """weights, batches and dropout are functions of it"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arrays live"""
+    threads: int | None = None
+    """cores to use; by default TINYTENSOR_NUM_THREADS, or all that this process may run on"""
+    shards: int | None = None
+    """parts that a micro-batch is cut into, each computed by one thread; results depend on it, not on threads. By default as
+    many as threads, and at least one for 2,048 tokens"""
     resume: bool = False
     """go on from the last checkpoint of out_dir, with that run's settings and any flags given here"""
 
@@ -129,6 +134,10 @@ class TrainConfig:
             _require(low <= value < high, f"{name}={value} must be at least {low} and below {high}")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive; use inf for no clipping")
         _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} must not be above lr={self.lr}")
+        for name in ("threads", "shards"):
+            _require(
+                getattr(self, name) is None or getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1"
+            )
         self.model(vocab_size=1)
 
     def model(self, vocab_size: int) -> GPTConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ def run(config: TrainConfig) -> Path:
         out_dir = _fresh_folder(config)
     elif corpus.sha256 != resumed.text_sha256:
         raise CheckpointError(f"{out_dir} was trained on another text than {corpus.path} (their hashes differ); give it --data")
+    if config.shards is None:  # decided once, so that a run resumed on another machine gives the same numbers
+        config = replace(config, shards=_shards(config))
     trainer = Trainer(config, corpus, out_dir, resumed)
     out_dir.mkdir(parents=True, exist_ok=True)
     with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
@@ -69,6 +72,12 @@ def blas() -> str:
     )
     forced = os.environ.get("OPENBLAS_CORETYPE")
     return text + (f"; OPENBLAS_CORETYPE={forced} forces these, unset it to let OpenBLAS choose" if forced else "")
+
+
+def _shards(config: TrainConfig) -> int:
+    """A power of two: enough for every thread, small enough to stay in cache, and no more than there are rows."""
+    wanted = max(config.threads or tt.parallel.cpu_threads(), config.micro_batch * config.block_size // 2048)
+    return 2 ** min(math.ceil(math.log2(wanted)), math.floor(math.log2(config.micro_batch)))
 
 
 def _with_changes(old: TrainConfig, given: TrainConfig) -> TrainConfig:

@@ -6,6 +6,8 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
+
 import tinytensor as tt
 from minigpt import checkpoint
 from minigpt.checkpoint import Checkpoint
@@ -17,7 +19,7 @@ from minigpt.sampling import Sampling, generate
 from minigpt.schedule import warmup_cosine
 from minigpt.tokenizer import make_tokenizer
 from minigpt.tracking import Tracker
-from tinytensor import optim, random
+from tinytensor import optim, parallel, random
 
 
 class Trainer:
@@ -29,6 +31,7 @@ class Trainer:
         self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size)
         with random.scope(config.seed):
             self.model = GPT(config.model(self.tokenizer.vocab_size)).to(config.device)
+        self.shards = min(config.micro_batch, config.shards or parallel.cpu_threads())
         self.optimizer = optim.AdamW(
             self.model.parameter_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2)
         )
@@ -64,30 +67,35 @@ class Trainer:
         """One optimiser step on `accumulation` micro-batches; its loss and the gradient norm before clipping."""
         config = self.config
         self.model.zero_grad()
-        total = 0.0
-        for micro_step in range(config.accumulation):
-            x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
-            with random.scope(config.seed, self.step, micro_step):
-                _, loss = self.model(x, y)
-            (loss / config.accumulation).backward()  # so that the gradients are those of one large batch
-            total += loss.item() / config.accumulation
+        losses = parallel.backward(self.shard_loss, range(config.accumulation * self.shards), config.threads)
         norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return total, norm
+        return sum(losses), norm
+
+    def shard_loss(self, shard: int) -> tt.Tensor:
+        """The share of a step's mean loss that comes from one shard, a few rows of one of its micro-batches."""
+        config = self.config
+        micro_step, part = divmod(shard, self.shards)
+        x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
+        rows = slice(part * len(x) // self.shards, (part + 1) * len(x) // self.shards)
+        with random.scope(config.seed, self.step, shard):
+            _, loss = self.model(x[rows], y[rows])
+        return loss * (y[rows].size / config.tokens_per_step)
 
     def evaluate(self) -> float:
         """Mean loss in nats per token over the whole validation split."""
-        total, count = 0.0, 0
+
+        def total(batch: tuple[np.ndarray, np.ndarray]) -> float:
+            return self.model(*batch)[1].item() * batch[1].size
+
         self.model.eval()
         with tt.no_grad():
-            for x, y in self.data.validation(rows=max(1, 4096 // self.config.block_size)):
-                _, loss = self.model(x, y)
-                total += loss.item() * y.size
-                count += y.size
+            batches = self.data.validation(rows=max(1, 2048 // self.config.block_size))
+            totals = parallel.map(total, batches, self.config.threads)
         self.model.train()
-        return total / count
+        return sum(totals) / (len(self.data.val) - 1)
 
     def sample(self) -> str:
         """Verse from the model as it is now."""

@@ -3,8 +3,9 @@
 Read in this order: autograd (the engine), ops (the mathematics), tensor (the surface), nn and optim, backend (the speed).
 """
 
-from tinytensor import backend, nn, optim, testing
+from tinytensor import backend, nn, optim, parallel, testing
 from tinytensor.autograd import Op, apply, enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from tinytensor.backend import cpu as _cpu_kernels  # noqa: F401  (registers them)
 from tinytensor.backend import random
 from tinytensor.backend.random import manual_seed
 from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, zeros, zeros_like
@@ -36,6 +37,7 @@ __all__ = [
     "ones",
     "ones_like",
     "optim",
+    "parallel",
     "rand",
     "randint",
     "randn",

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tinytensor import backend, writes
-from tinytensor.backend import Array
+from tinytensor.backend import Array, Into
 
 _FLOAT64 = np.dtype(np.float64)
 _SCALARS = (float, int, bool)
@@ -88,7 +88,7 @@ class Op:
             words.update(saves.split())
         if "*" in words:
             return () if "y" in words else (0,)
-        return tuple(i for i in range(count + 1) if names[i] not in words)
+        return tuple(i for i in range(count + 1) if i >= len(names) or names[i] not in words)
 
 
 class Leaf:
@@ -102,6 +102,9 @@ class Leaf:
         self.grad: Value | None = None
         self.slot: Array | None = None  # memory that the gradient must live in, when an optimiser owns it
         self.hooks: list[Callable[[Any], Any]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copied or unpickled leaf is a new place, and in no optimiser's memory
+        return Leaf, (), (None, {"grad": self.grad, "hooks": self.hooks})
 
 
 class Node:
@@ -145,20 +148,27 @@ class Node:
         for place, (edge, share) in enumerate(zip(self.edges, gradients, strict=True), 1):
             if edge is None:
                 continue
+            if type(share) is Into:
+                pairs.append((edge, share))
+                continue
             if callable(share):
                 share = share()
             if share is None:
                 continue
             value = values[place]
             if share.shape != value.shape:
-                share = unbroadcast(share, value.shape)
+                try:
+                    share = unbroadcast(share, value.shape)
+                except ValueError as error:
+                    raise ValueError(f"vjp of {self.op.name} at {self.origin}: {error}") from None
             if share.dtype != value.dtype:
                 share = share.astype(value.dtype)
             pairs.append((edge, share))
         return pairs
 
     def _check_unwritten(self, values: list[Any]) -> None:
-        for value in values:
+        params = [p for param in self.params.values() for p in (param if isinstance(param, tuple) else (param,))]
+        for value in (*values, *params):
             if hasattr(value, "strides") and (write := writes.find(value, self.serial)):
                 raise RuntimeError(
                     f"{self.op.name} at {self.origin} saved an array of shape {value.shape} for its gradient, and "
@@ -169,6 +179,8 @@ class Node:
 def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     """Sum g over the axes along which an input of `shape` was repeated to g's shape."""
     extra = g.ndim - len(shape)
+    if extra < 0 or any(n not in (1, m) for n, m in zip(shape, g.shape[extra:], strict=True)):
+        raise ValueError(f"a gradient of shape {g.shape} does not fit an input of shape {shape}")
     axes = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1)
     return g.sum(axis=axes).reshape(shape)
 
@@ -215,7 +227,8 @@ def is_grad_enabled() -> bool:
 def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
     """Run `op` on tensors, arrays and Python numbers; return a tensor, recorded when an input wants a gradient.
 
-    float64 comes out only where an input is float64: Python numbers, NumPy scalars and integer arrays yield to float32.
+    float64 comes out only where an input is float64 or a `dtype` is asked for: Python numbers, NumPy scalars and integer
+    arrays yield to float32.
     """
     recording = _state.recording
     arrays: list[Any] = []
@@ -231,7 +244,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             arrays.append(x.data)
             edges.append(node)
         else:
-            arrays.append(x if type(x) in _SCALARS else _operand(x))
+            arrays.append(x if type(x) in _SCALARS else _operand(op, x))
             edges.append(None)
         bit += bit
     device = "cpu" if "cupy" not in sys.modules else _common_device(op, arrays)
@@ -250,7 +263,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
         raise _explained(op, arrays, error) from None
     if type(y) is not np.ndarray and device == "cpu":
         y = np.asarray(y)
-    if y.dtype is _FLOAT64 and not any(getattr(a, "dtype", None) == _FLOAT64 for a in arrays):
+    if y.dtype is _FLOAT64 and "dtype" not in params and not any(getattr(a, "dtype", None) is _FLOAT64 for a in arrays):
         y = y.astype(backend.default_dtype)
     if not wanted or y.dtype.kind != "f":
         return Value.result_type(y)
@@ -294,10 +307,15 @@ def as_value(x: Any) -> Any:
     return x if isinstance(x, Value) else Value.result_type(backend.as_array(x))
 
 
-def _operand(x: Any) -> Any:
+def _operand(op: type[Op], x: Any) -> Any:
     if isinstance(x, np.generic) or (isinstance(x, np.ndarray) and x.ndim == 0):
-        return x.item()
-    return backend.as_array(x)
+        x = x.item()
+        if type(x) in _SCALARS:
+            return x
+    try:
+        return backend.as_array(x)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{op.name} at {writes.caller()}: {error}") from None
 
 
 def _common_device(op: type[Op], arrays: list[Any]) -> str:
@@ -331,15 +349,15 @@ def sweep(
     retain_graph: bool = False,
     create_graph: bool = False,
     wanted: Iterable[Node | Leaf] | None = None,
+    slot_of: Callable[[Leaf], Array | None] | None = None,
 ) -> None:
     """Send gradients from `roots` back through the graph, newest node first.
 
     `arrived(node, total, owned)` is called for each leaf, each node with a hook or a retained gradient, and each node of
     `wanted`, with its whole gradient; `owned` says that nobody else holds that array. With `wanted`, only nodes on a way to
-    one of them are visited.
+    one of them are visited. `slot_of(leaf)` offers memory in which a kernel may make that leaf's gradient.
     """
     on_the_way = None if wanted is None else _ways_to(set(wanted), [node for node, _ in roots])
-    began = next(writes.serial)
     total: dict[Any, Any] = {}
     owned: set[Any] = set()
     heap: list[tuple[int, Any]] = []
@@ -347,8 +365,14 @@ def sweep(
     def add(node: Node | Leaf, g: Any) -> None:
         old = total.get(node)
         if old is None:
+            if type(g) is Into:
+                g = g.add(slot_of(node) if slot_of is not None and isinstance(node, Leaf) else None, True)
+                owned.add(node)
             total[node] = g
             heapq.heappush(heap, (-node.serial, node))
+        elif type(g) is Into:
+            total[node] = g.add(old if node in owned else old.copy(), False)
+            owned.add(node)
         elif node in owned:
             old += g
         else:
@@ -366,27 +390,30 @@ def sweep(
                 for hook in node.hooks:
                     g = _hooked(hook, g, create_graph)
             if isinstance(node, Leaf):
-                arrived(node, g, node in owned)
+                arrived(node, g, node in owned and node.hooks is None)
                 continue
             if node.grad is not None or (wanted is not None and node in wanted):
                 arrived(node, g, False)
             for edge, share in node.shares(g, create_graph):
-                if on_the_way is None or edge in on_the_way or edge.serial > began:
+                if on_the_way is None or edge in on_the_way:
                     add(edge, share)
             if not (retain_graph or create_graph):
                 node.values = node.vjp = None
 
 
-def _ways_to(wanted: set[Any], roots: list[Any]) -> set[Any]:
+def _ways_to(wanted: set[Any], roots: list[Any]) -> set[Any] | None:
+    """The nodes between `roots` and `wanted`; None, for all, where a replayed function may lead anywhere."""
     seen, stack = set(roots), list(roots)
     while stack:
         for edge in getattr(stack.pop(), "edges", ()):
             if edge is not None and edge not in seen:
                 seen.add(edge)
                 stack.append(edge)
+    if any(getattr(node, "opaque", False) for node in seen):
+        return None
     ways = set(wanted)
     for node in sorted(seen, key=lambda n: n.serial):  # inputs come before what was made of them
-        if any(edge in ways for edge in getattr(node, "edges", ())) or getattr(node, "opaque", False):
+        if any(edge in ways for edge in getattr(node, "edges", ())):
             ways.add(node)
     return ways
 
@@ -402,6 +429,11 @@ def _hooked(hook: Callable[[Any], Any], g: Any, create_graph: bool) -> Any:
     return replacement if create_graph else replacement.data
 
 
+def free_slot(leaf: Leaf) -> Array | None:
+    """The memory that an optimiser keeps for a leaf's gradient, when no gradient is in it yet."""
+    return leaf.slot if leaf.grad is None else None
+
+
 _deposit_lock = threading.Lock()  # two threads may differentiate through the same parameters
 
 
@@ -409,14 +441,16 @@ def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
     """Add a gradient to what `node.grad` holds already; the first one is copied unless it is ours alone."""
     recorded = isinstance(g, Value)
     if isinstance(node, Node):
-        node.grad = g if recorded else Value.result_type(backend.as_array(g).copy())
+        own = as_value(g).clone()
+        node.grad = own if node.grad is True else node.grad + own
         return
     with _deposit_lock:
         if node.grad is None:
             if recorded:
-                node.grad = g
+                node.grad = g.clone()  # type: ignore[attr-defined]  # a vjp may have sent this tensor to several inputs
             elif node.slot is not None:
-                node.slot[...] = g
+                if g is not node.slot:
+                    node.slot[...] = g
                 node.grad = Value.result_type(node.slot)
             else:
                 node.grad = Value.result_type(g if owned else backend.as_array(g).copy())

@@ -165,7 +165,13 @@ class Tensor(Value):
         create_graph records the pass, so that the gradients can be differentiated again.
         """
         seed = root(self, gradient, create_graph)
-        autograd.sweep([seed], autograd.deposit, retain_graph=retain_graph, create_graph=create_graph)
+        autograd.sweep(
+            [seed],
+            autograd.deposit,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            slot_of=None if create_graph else autograd.free_slot,
+        )
 
     def retain_grad(self) -> None:
         """Keep this result's gradient in .grad after backward, as a leaf does."""

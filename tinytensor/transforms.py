@@ -34,10 +34,15 @@ def grad(
         if x.node is None:
             raise RuntimeError(f"grad: input {i}, of shape {x.shape}, does not require gradients; set requires_grad=True")
     found: dict[Any, Any] = {}
-    wanted = [x.node for x in ins if x.node is not None]
+    wanted = {x.node for x in ins}
+
+    def keep(node: Any, g: Any, owned: bool) -> None:
+        if node in wanted:  # a constant may be the seed itself, or belong to two inputs
+            found[node] = g if owned or getattr(g, "node", None) is not None else autograd.as_value(g).clone()
+
     autograd.sweep(
         [root(out, seed, create_graph) for out, seed in zip(outs, seeds, strict=True)],
-        lambda node, g, owned: found.__setitem__(node, g),
+        keep,
         retain_graph=create_graph if retain_graph is None else retain_graph,
         create_graph=create_graph,
         wanted=wanted,

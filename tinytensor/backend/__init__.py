@@ -105,6 +105,19 @@ def byte_bounds(array: Array) -> tuple[int, int]:
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize
 
 
+class Into:
+    """A gradient that a kernel's vjp can add to memory that the engine already has, instead of making an array of it.
+
+    `add(out, fresh)` returns `out` with the gradient added, or holding nothing else when `fresh` (out's old content does not
+    count), or a new array when out is None. It has exactly its input's shape and dtype.
+    """
+
+    __slots__ = ("add",)
+
+    def __init__(self, add: Callable[[Array | None, bool], Array]) -> None:
+        self.add = add
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A fast override of one op on one device.

@@ -1,0 +1,61 @@
+"""What the tests share: a small invented text, and the smallest run that still uses every part."""
+
+import hashlib
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt.config import TrainConfig
+from minigpt.corpus import Corpus
+from minigpt.trainer import Trainer
+
+NAMES = ("ANNA", "BERT", "THE MILLER", "ZOË")
+OPENINGS = ("The kettle", "My lantern", "A naïve cat", "Your bread")
+DEEDS = ("sings", "sleeps", "is not yet risen", "costs two € more")
+PLACES = ("by the river.", "in the mill!", "at noon, and so do I.", "again?")
+
+
+def verse(lines: int = 120, seed: int = 0) -> str:
+    """Invented speeches, not all of ASCII: always the same for a seed."""
+    rng = random.Random(seed)
+    speeches = [f"{rng.choice(NAMES)}:\n{rng.choice(OPENINGS)} {rng.choice(DEEDS)} {rng.choice(PLACES)}" for _ in range(lines)]
+    return "\n\n".join(speeches) + "\n"
+
+
+TINY = TrainConfig(
+    preset="tiny",
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=8,
+    dropout=0.0,
+    max_steps=6,
+    micro_batch=3,
+    accumulation=2,
+    lr=1e-2,
+    min_lr=1e-3,
+    warmup_steps=2,
+    eval_interval=3,
+    sample_tokens=5,
+    seed=1,
+)
+
+
+def corpus(text: str) -> Corpus:
+    return Corpus(text, "invented verse", hashlib.sha256(text.encode()).hexdigest(), Path("verse.txt"))
+
+
+def trainer(out_dir: Path = Path("nowhere"), **changes: Any) -> Trainer:
+    """A trainer of the small text; it writes nothing until it saves."""
+    return Trainer(replace(TINY, **changes), corpus(verse()), out_dir)
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """‖ours − theirs‖ / ‖theirs‖; the norm of ours where theirs is 0."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert a.shape == b.shape
+    norm = float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) / (norm or 1.0)

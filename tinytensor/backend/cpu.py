@@ -1,0 +1,350 @@
+"""NumPy kernels: the ops that a transformer spends its time in, arrays in and arrays out, one thread each.
+
+What they have over the formulas in `ops`: rows go through all passes of an op in blocks that stay in a core's cache, memory
+is written where it is wanted (`out=`), and work that the causal mask would throw away is not done. Sums along a row are
+matrix products with ones: BLAS does them several times faster than a reduction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tinytensor.backend import Into, random, register_kernel
+
+_BLOCK = 1 << 15  # elements of one array in a block: a handful of them fit a core's second-level cache
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _rows(x):
+    """x as a matrix of its last axis; a copy only where the layout needs one."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _blocks(n_rows, width):
+    """Slices of rows, about _BLOCK elements each."""
+    step = max(16, _BLOCK // max(1, width))
+    return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
+
+
+def _plain(*arrays):
+    """Whether all are non-empty float arrays of one dtype, which is what these kernels handle."""
+    dtype = getattr(arrays[0], "dtype", None)
+    return dtype in _FLOATS and all(isinstance(a, np.ndarray) and a.dtype == dtype and a.size for a in arrays)
+
+
+@register_kernel("cpu", "gelu")
+class Gelu:
+    """The formula's passes, in place on a block; t = tanh u is kept for the derivative."""
+
+    def forward(x):
+        if not _plain(x) or x.ndim == 0:
+            return NotImplemented
+        rows, y, tanh = _rows(x), np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
+        for b in _blocks(*rows.shape):
+            xb, t, out = rows[b], _rows(tanh)[b], _rows(y)[b]
+            np.multiply(xb, xb, out=t)
+            t *= _C * _A
+            t += _C
+            t *= xb
+            np.tanh(t, out=t)
+            np.add(t, 1, out=out)
+            out *= xb
+            out *= 0.5
+        return y, tanh
+
+    def vjp(g, y, x, residual):
+        dx = np.empty(x.shape, x.dtype)
+        g, rows, tanh, out = np.broadcast_to(g, x.shape), _rows(x), _rows(residual), _rows(dx)
+        g = _rows(g)
+        for b in _blocks(*rows.shape):
+            xb, t, d = rows[b], tanh[b], out[b]
+            np.multiply(xb, xb, out=d)  # d = ½(1 + t) + ½(1 − t²)·x·c(1 + 3a·x²)
+            d *= 3 * _A * _C
+            d += _C
+            d *= xb
+            s = t * t
+            np.subtract(1, s, out=s)
+            d *= s
+            d += t
+            d += 1
+            d *= 0.5
+            d *= g[b]
+        return dx
+
+
+_A, _C = 0.044715, math.sqrt(2 / math.pi)
+
+
+@register_kernel("cpu", "layer_norm")
+class LayerNorm:
+    """Keeps 1/σ and the mean of each row; normed values are made again from x."""
+
+    def forward(x, weight, bias=None, *, eps):
+        if not _plain(x, weight) or x.ndim < 2 or (bias is not None and not _plain(x, bias)):
+            return NotImplemented
+        rows, y = _rows(x), np.empty(x.shape, x.dtype)
+        n, width = rows.shape
+        averaging = np.full(width, 1 / width, x.dtype)
+        mean, rstd = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
+        for b in _blocks(n, width):
+            out = _rows(y)[b]
+            np.matmul(rows[b], averaging, out=mean[b, 0])
+            np.subtract(rows[b], mean[b], out=out)
+            variance = np.vecdot(out, out)[:, None]
+            variance /= width
+            variance += eps
+            np.sqrt(variance, out=variance)
+            np.divide(1, variance, out=rstd[b])
+            out *= rstd[b]
+            out *= weight
+            if bias is not None:
+                out += bias
+        return y, (mean, rstd)
+
+    def vjp(g, y, x, weight, bias=None, *, eps, residual):
+        mean, rstd = residual
+        dx = np.empty(x.shape, x.dtype)
+        rows, g = _rows(x), _rows(np.broadcast_to(g, x.shape))
+        n, width = rows.shape
+        dweight, dbias = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
+        averaging = np.full(width, 1 / width, x.dtype)
+        for b in _blocks(n, width):
+            out, gb = _rows(dx)[b], g[b]
+            normed = rows[b] - mean[b]
+            normed *= rstd[b]
+            np.multiply(gb, normed, out=out)
+            ones = np.ones(len(gb), x.dtype)
+            dweight += ones @ out
+            if bias is not None:
+                dbias += ones @ gb
+            out *= weight  # h·x̂, h = g·γ
+            along = (out @ averaging)[:, None]
+            np.multiply(gb, weight, out=out)
+            along_mean = (out @ averaging)[:, None]
+            normed *= along
+            out -= normed
+            out -= along_mean
+            out *= rstd[b]
+        return (dx, dweight) if bias is None else (dx, dweight, dbias)
+
+
+@register_kernel("cpu", "linear")
+class Linear:
+    """One 2-D product each; the weight's gradient is written straight into its buffer."""
+
+    def forward(x, w, b=None):
+        if not _plain(x, w) or (b is not None and not _plain(x, b)):
+            return NotImplemented
+        y = (_rows(x) @ w.T).reshape(*x.shape[:-1], len(w))
+        if b is not None:
+            y += b
+        return y, None
+
+    def vjp(g, y, x, w, b=None):
+        def dw(out, fresh):
+            if out is None:
+                return g2.T @ _rows(x)
+            if fresh:
+                return np.matmul(g2.T, _rows(x), out=out)
+            out += g2.T @ _rows(x)
+            return out
+
+        g2 = _rows(g)
+        grads = (lambda: (g2 @ w).reshape(x.shape)), Into(dw)
+        return grads if b is None else (*grads, lambda: np.ones(len(g2), g2.dtype) @ g2)
+
+
+@register_kernel("cpu", "getitem")
+class Getitem:
+    """The gradient of a slice is added to that slice alone, not to an array of zeros."""
+
+    def forward(x, index):
+        return x[index], None
+
+    def vjp(g, y, x, index):
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(p is None or p is Ellipsis or isinstance(p, int | np.integer | slice) for p in parts):
+            fancy = np.zeros(x.shape, x.dtype)
+            np.add.at(fancy, index, g)
+            return fancy
+
+        def add(out, fresh):
+            if out is None:
+                out = np.zeros(x.shape, x.dtype)
+            elif fresh:
+                out[...] = 0
+            out[index] += g
+            return out
+
+        return Into(add)
+
+
+@register_kernel("cpu", "embedding")
+class Embedding:
+    """The gradient's scatter as a product with one-hot rows for a small table, as sums of sorted runs for a large one."""
+
+    def forward(weight, ids):
+        return weight[ids], None
+
+    def vjp(g, y, weight, ids):
+        ids, rows = ids.reshape(-1), g.reshape(-1, *weight.shape[1:])
+        if not ids.size:
+            return np.zeros(weight.shape, weight.dtype)
+        if weight.ndim == 2 and weight.shape[0] <= 512:
+            return (np.arange(weight.shape[0])[:, None] == ids).astype(g.dtype) @ rows
+        order = np.argsort(ids, kind="stable")
+        found, starts = np.unique(ids[order], return_index=True)
+        dweight = np.zeros(weight.shape, weight.dtype)
+        dweight[found] = np.add.reduceat(rows[order], starts, axis=0)
+        return dweight
+
+
+@register_kernel("cpu", "dropout")
+class Dropout:
+    """Keeps the mask as one byte an element."""
+
+    def forward(x, p, key):
+        if not _plain(x):
+            return NotImplemented
+        mask = random.keep_mask(key, x.shape, p)
+        q = random.keep_probability(p)
+        y = np.multiply(x, mask)
+        y *= 1 / q if q else 0
+        return y, mask
+
+    def vjp(g, y, x, p, key, residual):
+        q = random.keep_probability(p)
+        dx = np.multiply(g, residual)
+        dx *= 1 / q if q else 0
+        return dx
+
+
+@register_kernel("cpu", "cross_entropy")
+class CrossEntropy:
+    """Keeps the probabilities; the one-hot targets are never made."""
+
+    def forward(logits, targets, ignore_index, label_smoothing):
+        counted = targets != ignore_index
+        n = int(np.count_nonzero(counted))
+        if not _plain(logits) or label_smoothing or n < len(targets):
+            return NotImplemented
+        z = logits - logits.max(axis=-1, keepdims=True)
+        picked = z[np.arange(n), targets]
+        np.exp(z, out=z)
+        total = z @ np.ones(z.shape[1], z.dtype)
+        loss = (np.log(total) - picked).sum() / n
+        z /= total[:, None]
+        return loss.astype(logits.dtype), z
+
+    def vjp(g, y, logits, targets, ignore_index, label_smoothing, residual):
+        n = len(targets)
+        dlogits = residual * (g / n)
+        dlogits[np.arange(n), targets] -= g / n
+        return dlogits
+
+
+@register_kernel("cpu", "causal_attention", saves="y")
+class CausalAttention:
+    """One sequence and one block of queries at a time, all heads at once; keeps ln Σeˢ of each row, not the T×T weights.
+
+    Keys after a block's last query are never touched. Scores whose bound |q|·|k| is small need no running maximum:
+    exp cannot overflow. (Milakov & Gimelshein 2018; Dao et al., "FlashAttention", 2022, for the backward from ln Σeˢ.)
+    """
+
+    def forward(q, k, v, p, key):
+        if not _plain(q, k, v) or q.ndim > 4:
+            return NotImplemented
+        shape = (*q.shape[:-1], v.shape[-1])
+        q, k, v = _heads(q), _heads(k), _heads(v)
+        (B, H, T, d), S = q.shape, k.shape[2]
+        y = _positions_first(B, H, T, v.shape[3], q.dtype)
+        lse = np.empty((B, H, T, 1), q.dtype)
+        mask = random.keep_mask(key, (B, H, T, S), p) if p else None
+        for b in range(B):
+            qs, shift = q[b] * (1 / math.sqrt(d)), _needs_shift(q[b], k[b])
+            vb = v[b] * (1 / random.keep_probability(p)) if p and random.keep_probability(p) else v[b]
+            for i, j, n in _query_blocks(T, S):
+                s = _scores(qs[:, i:j], k[b, :, :n])
+                _mask_future(s, i + S - T)
+                if shift:
+                    top = s.max(axis=-1, keepdims=True)
+                    s -= top
+                np.exp(s, out=s)
+                total = (s @ np.ones(n, s.dtype))[..., None]
+                lse[b, :, i:j] = np.log(total) + top if shift else np.log(total)
+                if mask is not None:
+                    s *= mask[b, :, i:j, :n]
+                out = np.matmul(s, vb[:, :n])
+                out /= total
+                y[b, :, i:j] = out
+        return y.reshape(shape) if y.shape != shape else y, (lse, mask)
+
+    def vjp(g, y, q, k, v, p, key, residual):
+        lse, mask = residual
+        shapes = q.shape, k.shape, v.shape
+        g, y, q, k, v = (_heads(a) for a in (g, y, q, k, v))
+        (B, H, T, d), S = q.shape, k.shape[2]
+        dq, dk, dv = (_positions_first(B, H, *a.shape[2:], q.dtype) for a in (q, k, v))
+        scale = 1 / math.sqrt(d)
+        keep = random.keep_probability(p) if p else 1.0
+        for b in range(B):
+            qs = q[b] * scale
+            gs = g[b] * (1 / keep) if keep not in (0, 1) else g[b]
+            delta = np.vecdot(g[b], y[b])[..., None]
+            dkb, dvb = np.zeros((H, S, d), q.dtype), np.zeros((H, S, v.shape[3]), q.dtype)
+            for i, j, n in _query_blocks(T, S):
+                a = _scores(qs[:, i:j], k[b, :, :n])
+                _mask_future(a, i + S - T)
+                a -= lse[b, :, i:j]
+                np.exp(a, out=a)
+                da = np.matmul(gs[:, i:j], v[b, :, :n].swapaxes(1, 2))
+                if mask is None:
+                    dvb[:, :n] += np.matmul(a.swapaxes(1, 2), g[b, :, i:j])
+                else:
+                    m = mask[b, :, i:j, :n]
+                    da *= m
+                    dvb[:, :n] += np.matmul((a * m).swapaxes(1, 2), gs[:, i:j])
+                da -= delta[:, i:j]
+                da *= a
+                out = np.matmul(da, k[b, :, :n])
+                out *= scale
+                dq[b, :, i:j] = out
+                dkb[:, :n] += np.matmul(da.swapaxes(1, 2), qs[:, i:j])
+            dk[b], dv[b] = dkb, dvb
+        return tuple(a.reshape(s) if a.shape != s else a for a, s in zip((dq, dk, dv), shapes, strict=True))
+
+
+_QUERIES = 64  # rows of a block of queries: few enough for the cache, and little masked work at the diagonal
+
+
+def _heads(x):
+    """(…, T, d) as (B, H, T, d)."""
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _positions_first(B, H, T, d, dtype):
+    """An empty (B, H, T, d) whose memory is (B, T, H, d), so that joining the heads again is a view."""
+    return np.empty((B, T, H, d), dtype).transpose(0, 2, 1, 3)
+
+
+def _query_blocks(T, S):
+    """(first, last, keys): queries first … last − 1 see at most the first `keys` keys."""
+    return [(i, min(i + _QUERIES, T), min(i + _QUERIES, T) + S - T) for i in range(0, T, _QUERIES)]
+
+
+def _scores(q, k):
+    return np.matmul(q, k.swapaxes(1, 2))
+
+
+def _needs_shift(q, k):
+    """Whether some |q|·|k|/√d is so large that exp of a score could overflow, or all of a row underflow."""
+    bound = np.sqrt(np.vecdot(q, q).max() * np.vecdot(k, k).max() / q.shape[-1])
+    return not bound < 60
+
+
+def _mask_future(scores, first):
+    """−∞ for keys after their query, in place; row 0 is the query at position `first`."""
+    limit = np.where(np.tri(scores.shape[-2], scores.shape[-1] - first, dtype=bool), np.inf, -np.inf)
+    np.minimum(scores[..., first:], limit.astype(scores.dtype), out=scores[..., first:])

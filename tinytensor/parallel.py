@@ -1,0 +1,171 @@
+"""Cores: the batch of a step is cut into shards, and each shard runs forward and backward in one thread from start to end.
+
+The gradient of a step is the sum of its shards' gradients in one fixed binary tree, so it does not depend on how many threads
+there were or which of them was faster. Kernels know nothing of threads; BLAS runs with one thread inside a shard.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+from tinytensor import autograd, backend
+from tinytensor.autograd import Leaf
+from tinytensor.backend import Array
+from tinytensor.backend.memory import keep_memory
+from tinytensor.tensor import Tensor, root
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def cpu_threads() -> int:
+    """Threads to use: TINYTENSOR_NUM_THREADS, or the cores that this process may run on."""
+    given = os.environ.get("TINYTENSOR_NUM_THREADS")
+    if given is not None:
+        if not given.isdigit() or int(given) < 1:
+            raise ValueError(f"TINYTENSOR_NUM_THREADS={given!r} must be a whole number of at least 1")
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:
+    """[f(x) for x in items], several at a time; each call sees the caller's grad mode. The first exception is raised."""
+    todo = list(items)
+    threads = min(threads or cpu_threads(), len(todo))
+    if threads <= 1 or getattr(_worker, "busy", False):  # a map within a map has no cores left to use
+        return [f(x) for x in todo]
+    results: list[Any] = [None] * len(todo)
+    queue = iter(range(len(todo)))
+    lock, failed = threading.Lock(), threading.Event()
+    recording = autograd.is_grad_enabled()
+
+    def work() -> None:
+        _worker.busy = True
+        try:
+            with autograd.set_grad_enabled(recording):
+                while not failed.is_set():
+                    with lock:
+                        i = next(queue, None)
+                    if i is None:
+                        return
+                    results[i] = f(todo[i])
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            _worker.busy = False
+
+    with _one_blas_thread():
+        others = [_pool(threads - 1).submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
+        try:
+            work()
+        finally:
+            errors = [other.exception() for other in others]
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
+def backward(loss_of: Callable[[T], Tensor], shards: Sequence[T], threads: int | None = None) -> list[float]:
+    """Add the gradient of Σ loss_of(shard) to the leaves' .grad, and return the losses.
+
+    `loss_of` makes one shard's loss, a tensor of one element, from scratch; weigh it so that the sum is what you want (a mean
+    over equal shards: divide by their number). What it draws at random should depend on the shard alone (`random.scope`).
+    """
+    keep_memory()
+    tree = _Tree(len(shards))
+
+    def run(i: int) -> float:
+        loss = loss_of(shards[i])
+        gradients: dict[Leaf, Array] = {}
+
+        def arrived(node: Any, g: Array, owned: bool) -> None:
+            if isinstance(node, Leaf):
+                gradients[node] = g if owned else backend.as_array(g).copy()
+            else:
+                autograd.deposit(node, g, owned)
+
+        # the first shard writes where the sum will be wanted, so that one shard alone costs no copy
+        autograd.sweep([root(loss, None, False)], arrived, slot_of=autograd.free_slot if i == 0 else None)
+        tree.add(i, gradients)
+        return loss.item()
+
+    losses = map(run, range(len(shards)), threads)
+    for leaf, g in tree.total().items():
+        autograd.deposit(leaf, g, True)
+    return losses
+
+
+class _Tree:
+    """Gradients summed in a fixed binary tree over the shards: pairs, pairs of pairs, …; an odd one out moves up alone.
+
+    Whoever brings the second half of a pair adds it to the first; the result waits for its own partner.
+    """
+
+    def __init__(self, leaves: int) -> None:
+        self._widths = [leaves]
+        while self._widths[-1] > 1:
+            self._widths.append(-(-self._widths[-1] // 2))
+        self._waiting: dict[tuple[int, int], dict[Leaf, Array]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, place: int, gradients: dict[Leaf, Array]) -> None:
+        for level, width in enumerate(self._widths):
+            partner = (level, place ^ 1)
+            if width > 1 and place ^ 1 < width:
+                with self._lock:
+                    if partner not in self._waiting:
+                        self._waiting[level, place] = gradients
+                        return
+                    other = self._waiting.pop(partner)
+                left, right = (other, gradients) if place & 1 else (gradients, other)
+                for leaf, g in right.items():
+                    if leaf in left:
+                        left[leaf] += g
+                    else:
+                        left[leaf] = g
+                gradients = left
+            place >>= 1
+        self._waiting[len(self._widths), 0] = gradients
+
+    def total(self) -> dict[Leaf, Array]:
+        return self._waiting.pop((len(self._widths), 0), {})
+
+
+_worker = threading.local()
+_executor: ThreadPoolExecutor | None = None
+_executor_threads = 0
+_executor_lock = threading.Lock()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    global _executor, _executor_threads
+    with _executor_lock:
+        if _executor is None or _executor_threads < threads:
+            _executor, _executor_threads = ThreadPoolExecutor(threads, thread_name_prefix="tinytensor"), threads
+        return _executor
+
+
+@functools.cache
+def _blas() -> Any:
+    """The controller of BLAS's threads, or None where threadpoolctl is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController().select(user_api="blas")
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    blas = _blas()
+    with blas.limit(limits=1) if blas else nullcontext():
+        yield
