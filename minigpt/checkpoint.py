@@ -33,8 +33,8 @@ class Checkpoint:
     step: int
     tokens: int
     seconds: float
-    val_loss: float | None
-    best_val_loss: float | None
+    val_loss: float
+    best_val_loss: float
     text_sha256: str
 
     def build_model(self) -> GPT:
@@ -60,10 +60,13 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         **{k: getattr(checkpoint, k) for k in ("step", "tokens", "seconds", "val_loss", "best_val_loss", "text_sha256")},
     }
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"minigpt": json.dumps(state)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"minigpt": json.dumps(state)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there is one only after a failure
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -73,18 +76,30 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint; CheckpointError says what is wrong with the file."""
+    state, tensors = _read(path)
+    try:
+        return _restored(state, tensors)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error!r}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays of a file, which `save` may have written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             state = json.loads((file.metadata() or {}).get("minigpt", "null"))
-            if state is None:
+            if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
                 raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of minigpt")
             if state["schema"] > SCHEMA:
                 raise CheckpointError(f"{path} has schema {state['schema']}, this program reads up to {SCHEMA}; update it")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from None
+
+
+def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
     optimizer = {k: state["optimizer"][k] for k in ("steps", "param_groups")}
     for moment in state["optimizer"]["moments"]:
         optimizer[moment] = [tensors[f"optimizer.{moment}.{i}"] for i in range(len(optimizer["steps"]))]

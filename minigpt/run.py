@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import fields, replace
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import tinytensor as tt
 from minigpt import checkpoint
-from minigpt.checkpoint import CheckpointError
-from minigpt.config import PRESETS, TrainConfig
-from minigpt.corpus import load_corpus, read_text
-from minigpt.tracking import CURVE, METRICS, Tracker, duration, plot
+from minigpt.checkpoint import Checkpoint, CheckpointError
+from minigpt.config import TrainConfig
+from minigpt.corpus import Corpus, load_corpus, read_text
+from minigpt.tracking import CURVE, METRICS, PLAIN, Tracker, duration, plot
 from minigpt.trainer import Trainer
 
 RUNS, DATA = Path("runs"), Path("data")
@@ -20,32 +20,38 @@ RUNS, DATA = Path("runs"), Path("data")
 
 def run(config: TrainConfig) -> Path:
     """Train as `config` says; return the folder of the run. Everything is checked before the first file is written."""
-    resumed = None
-    if config.resume:
-        out_dir = config.out_dir or _newest(config.preset)
-        resumed = checkpoint.load(out_dir / checkpoint.LAST)
-        config = _with_changes(resumed.config, config)
     tt.backend.xp_for(config.device)
     corpus = read_text(config.data) if config.data else load_corpus(config.source, DATA)
-    if resumed is None:
+    saved = None
+    if config.resume:
+        out_dir = _resumed_folder(config)
+        saved = checkpoint.load(out_dir / checkpoint.LAST)
+        _check_resumable(out_dir, saved, config, corpus)
+    else:
         out_dir = _fresh_folder(config)
-    elif corpus.sha256 != resumed.text_sha256:
-        raise CheckpointError(f"{out_dir} was trained on another text than {corpus.path} (their hashes differ); give it --data")
-    if config.shards is None:  # decided once, so that a run resumed on another machine gives the same numbers
-        config = replace(config, shards=_shards(config))
-    trainer = Trainer(config, corpus, out_dir, resumed)
+    config = replace(config, out_dir=out_dir, resume=False, shards=config.resolved_shards())
+    trainer = Trainer(config, corpus, out_dir, saved)
     out_dir.mkdir(parents=True, exist_ok=True)
     with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
         tracker.header(header(trainer))
-        val_loss = trainer.train(tracker)
+        trainer.train(tracker)
     title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {corpus.source}"
     plot(out_dir / METRICS, out_dir / CURVE, title)
+    opening = "ROMEO:" if not set("ROMEO:") - set(corpus.text) else corpus.text.split(maxsplit=1)[0]
+    where = "" if out_dir.parent == RUNS else f' --run "{out_dir}"'
     tracker.console.print(
-        f"validation loss [bold]{val_loss:.4f}[/bold] in {duration(trainer.seconds)}; "
-        f"model, metrics, curve and samples are in [bold]{out_dir}[/bold]"
+        f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
+        f"model, metrics, curve and samples are in {out_dir}\n"
+        f'more verse: python scripts/generate.py{where} --prompt "{opening}"',
+        **PLAIN,
     )
-    tracker.console.print('more verse: python scripts/generate.py --prompt "ROMEO:"', markup=False, highlight=False)
     return out_dir
+
+
+def resumed_config(config: TrainConfig) -> TrainConfig:
+    """The settings of the run that `config` asks to resume: the defaults for the flags given with --resume."""
+    out_dir = _resumed_folder(config)
+    return replace(checkpoint.load(out_dir / checkpoint.LAST).config, out_dir=out_dir, resume=True)
 
 
 def header(trainer: Trainer) -> dict[str, str]:
@@ -74,25 +80,22 @@ def blas() -> str:
     return text + (f"; OPENBLAS_CORETYPE={forced} forces these, unset it to let OpenBLAS choose" if forced else "")
 
 
-def _shards(config: TrainConfig) -> int:
-    """A power of two: enough for every thread, small enough to stay in cache, and no more than there are rows."""
-    wanted = max(config.threads or tt.parallel.cpu_threads(), config.micro_batch * config.block_size // 2048)
-    return 2 ** min(math.ceil(math.log2(wanted)), math.floor(math.log2(config.micro_batch)))
-
-
-def _with_changes(old: TrainConfig, given: TrainConfig) -> TrainConfig:
-    """The resumed run's settings, with the flags that were given now; the model's shape cannot change."""
-    default = PRESETS.get(given.preset, given)
-    changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != getattr(default, f.name)}
-    changed.pop("resume", None)
-    new = replace(old, **changed)
-    if new.model(1) != replace(old.model(1), dropout=new.dropout) or new.tokenizer != old.tokenizer:
-        names = [
-            n for n in ("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer") if getattr(new, n) != getattr(old, n)
-        ]
-        pairs = ", ".join(f"{n} {getattr(old, n)} → {getattr(new, n)}" for n in names)
-        raise CheckpointError(f"a resumed run keeps its model, but the flags change {pairs}; leave them out or start a new run")
-    return new
+def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corpus: Corpus) -> None:
+    """A resumed run keeps its model, its tokenizer and its text."""
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer")
+    changed = [
+        f"{n} {getattr(saved.config, n)} → {getattr(config, n)}"
+        for n in names
+        if getattr(saved.config, n) != getattr(config, n)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{out_dir} cannot go on with another model ({', '.join(changed)}); drop those flags or start a new run"
+        )
+    if corpus.sha256 != saved.text_sha256:
+        raise CheckpointError(
+            f"{out_dir} was trained on another text than {corpus.path} (the hashes differ); name its text with --data"
+        )
 
 
 def _fresh_folder(config: TrainConfig) -> Path:
@@ -107,8 +110,12 @@ def _fresh_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _newest(preset: str) -> Path:
-    runs = [p.parent for p in RUNS.glob(f"{preset}*/{checkpoint.LAST}") if p.parent.name.removeprefix(preset)[:1] in ("", "-")]
+def _resumed_folder(config: TrainConfig) -> Path:
+    """The run to go on with: the folder given, or the newest run of the preset."""
+    if config.out_dir is not None:
+        return config.out_dir
+    own = re.compile(re.escape(config.preset) + r"(-\d+)?")
+    runs = [p.parent for p in RUNS.glob(f"*/{checkpoint.LAST}") if own.fullmatch(p.parent.name)]
     if not runs:
-        raise CheckpointError(f"no run of preset {preset} to resume below {RUNS}/; name its folder with --out-dir")
+        raise CheckpointError(f"no run of preset {config.preset} to resume below {RUNS}/; name its folder with --out-dir")
     return max(runs, key=lambda p: (p / checkpoint.LAST).stat().st_mtime)

@@ -41,6 +41,8 @@ class Sampling:
     def probabilities(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
         """Distribution of the next token, float64 (V,), from logits (V,) and the ids seen so far."""
         z = logits.astype(np.float64)
+        if not np.isfinite(z.max()):
+            raise ValueError("the model's logits are not finite: its training diverged; train again with a smaller lr")
         if self.repetition_penalty != 1:
             seen = np.unique(context)
             z[seen] = np.where(z[seen] > 0, z[seen] / self.repetition_penalty, z[seen] * self.repetition_penalty)

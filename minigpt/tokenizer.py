@@ -70,7 +70,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
-        return bytes(ids).decode("utf-8", "replace")
+        return bytes(map(int, ids)).decode("utf-8", "replace")  # bytes(array) would be the memory of an array
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "byte"}

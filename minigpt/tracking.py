@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METRICS, CURVE, SAMPLES = "metrics.jsonl", "curve.png", "samples"
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # for text that may hold what Rich interprets
 
 
 class Tracker:
@@ -19,7 +20,7 @@ class Tracker:
 
     def __init__(self, out_dir: Path, max_steps: int, first_step: int = 0, console: Console | None = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.out_dir, self.max_steps = out_dir, max_steps
         self.console = console or Console()
@@ -27,11 +28,10 @@ class Tracker:
         self._metrics = open(out_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self.console,
         )
         self._task = self._progress.add_task("train", total=max_steps, completed=first_step, numbers="")
@@ -53,10 +53,11 @@ class Tracker:
     def header(self, rows: dict[str, str]) -> None:
         """A table of facts about the run."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
-            table.add_row(f"[bold]{name}[/bold]", value)
+            table.add_row(Text(name, style="bold"), Text(value))  # a path may hold what Rich takes for markup
         self.console.print(table)
 
     def step(self, step: int, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float) -> None:
@@ -103,7 +104,7 @@ class Tracker:
             folder.mkdir(exist_ok=True)
             (folder / f"step-{step:06d}.txt").write_text(sample, encoding="utf-8")
             shown = sample if step == self.max_steps else "\n".join(sample.splitlines()[:6])
-            self.console.print(shown, markup=False, highlight=False, style="italic")
+            self.console.print(shown, **PLAIN, style="italic")
 
     def _flush(self) -> None:
         """One whole line a write, flushed, so that a killed run keeps every line it had finished."""
@@ -168,9 +169,10 @@ def plot(metrics: Path, path: Path, title: str) -> None:
         top.plot(steps, losses, "o-", color="#c8502b", linewidth=1.6, markersize=4, label="validation, whole split")
         top.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(0, 8), ha="right")
     top.set_ylabel("loss (nats per token)")
-    top.set_title(title)
+    top.set_title(title, parse_math=False)
     top.grid(alpha=0.25)
-    top.legend(frameon=False)
+    if train or val:
+        top.legend(frameon=False)
     if rate:
         bottom.plot(*zip(*rate, strict=True), color="#555555", linewidth=1.2)
     bottom.set_ylabel("learning rate")

@@ -31,37 +31,42 @@ class Trainer:
         self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size)
         with random.scope(config.seed):
             self.model = GPT(config.model(self.tokenizer.vocab_size)).to(config.device)
-        self.shards = min(config.micro_batch, config.shards or parallel.cpu_threads())
+        self.shards = config.resolved_shards()
         self.optimizer = optim.AdamW(
             self.model.parameter_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2)
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.best_val_loss = math.inf
+        self.val_loss = self.best_val_loss = math.inf
         if resumed:
             self.model.load_state_dict(resumed.model)
-            self.optimizer.load_state_dict(resumed.optimizer)
+            # without the saved groups, for the hyper-parameters are those of `config`
+            self.optimizer.load_state_dict(resumed.optimizer | {"param_groups": [{}] * len(self.optimizer.param_groups)})
             self.step, self.tokens, self.seconds = resumed.step, resumed.tokens, resumed.seconds
-            self.best_val_loss = math.inf if resumed.best_val_loss is None else resumed.best_val_loss
+            self.val_loss, self.best_val_loss = resumed.val_loss, resumed.best_val_loss
 
-    def train(self, tracker: Tracker) -> float:
-        """Train from the current step to max_steps; return the last validation loss."""
+    def train(self, tracker: Tracker) -> None:
+        """Train from the current step to max_steps."""
         config = self.config
         started = time.perf_counter() - self.seconds
-        val_loss = math.nan
-        while True:
-            if self.step % config.eval_interval == 0 or self.step == config.max_steps:
-                val_loss = self.evaluate()
-                self.seconds = time.perf_counter() - started
-                tracker.evaluation(self.step, val_loss, self.tokens, self.seconds, self.sample())
-                self.save(val_loss)
-            if self.step >= config.max_steps:
-                return val_loss
+        if self.step == 0:
+            self.save()  # so that a run that is stopped at any time can be resumed
+        while self.step < config.max_steps:
             lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
             loss, norm = self.train_step(lr)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of step {self.step} is {loss}; go on from the last checkpoint with --resume and a smaller --lr "
+                    f"than {config.lr:g}"
+                )
             self.step += 1
             self.tokens += config.tokens_per_step
             self.seconds = time.perf_counter() - started
             tracker.step(self.step, loss, lr, norm, self.tokens, self.seconds)
+            if self.step % config.eval_interval == 0 or self.step == config.max_steps:
+                self.val_loss = self.evaluate()
+                self.seconds = time.perf_counter() - started
+                tracker.evaluation(self.step, self.val_loss, self.tokens, self.seconds, self.sample())
+                self.save()
 
     def train_step(self, lr: float) -> tuple[float, float]:
         """One optimiser step on `accumulation` micro-batches; its loss and the gradient norm before clipping."""
@@ -99,14 +104,17 @@ class Trainer:
 
     def sample(self) -> str:
         """Verse from the model as it is now."""
-        prompt = self.tokenizer.decode(self.data.val[:1])
-        ids = generate(self.model, self.data.val[:1], self.config.sample_tokens, Sampling(seed=self.config.seed))
-        return prompt + self.tokenizer.decode(ids) if self.config.sample_tokens else ""
+        try:
+            prompt = self.tokenizer.encode("\n")
+        except ValueError:  # a text of one line
+            prompt = self.data.val[:1]
+        ids = generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed))
+        return self.tokenizer.decode(ids)
 
-    def save(self, val_loss: float) -> None:
+    def save(self) -> None:
         """Write the last checkpoint, and the best when this is it."""
-        best = val_loss < self.best_val_loss
-        self.best_val_loss = min(val_loss, self.best_val_loss)
+        best = self.val_loss < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, self.val_loss)  # in this order a NaN changes nothing
         state = Checkpoint(
             config=self.config,
             tokenizer=self.tokenizer,
@@ -115,9 +123,10 @@ class Trainer:
             step=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
-            val_loss=val_loss,
+            val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
             text_sha256=self.corpus.sha256,
         )
-        for name in (checkpoint.LAST, checkpoint.BEST) if best else (checkpoint.LAST,):
+        # best first: whoever is killed in between goes on from the older last, and comes by here again
+        for name in (checkpoint.BEST, checkpoint.LAST) if best else (checkpoint.LAST,):
             checkpoint.save(self.out_dir / name, state)

@@ -1,5 +1,6 @@
 """Write verse with a trained model: `python scripts/generate.py --prompt "ROMEO:" --max-tokens 200`."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ def main() -> None:
         checkpoint = load_run(args.run or newest_run())
         for text in speak(checkpoint, prompt, args.max_tokens, args.num_samples, args.sampling):
             print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

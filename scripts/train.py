@@ -5,18 +5,24 @@ import sys
 import tyro
 
 from minigpt.config import PRESETS, TrainConfig
-from minigpt.run import run
+from minigpt.run import resumed_config, run
 
 
 def main() -> None:
     args = sys.argv[1:]
     preset = args.pop(0) if args and args[0] in PRESETS else "shakespeare"
     description = f"Train a GPT. Presets, as the first word: {', '.join(PRESETS)}. These are the settings of {preset}."
-    config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
     try:
+        config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
+        if config.resume:  # the flags now change that run's settings, not the preset's
+            config = tyro.cli(TrainConfig, default=resumed_config(config), args=args, description=description)
+        elif config.preset != preset:
+            raise ValueError(f"--preset only names a run; for its settings write: python scripts/train.py {config.preset}")
         run(config)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ TINY = TrainConfig(
     max_steps=6,
     micro_batch=3,
     accumulation=2,
+    shards=2,  # of 3 rows, so that they are unequal
     lr=1e-2,
     min_lr=1e-3,
     warmup_steps=2,

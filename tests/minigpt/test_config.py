@@ -29,13 +29,15 @@ def test_sizes_of_a_model_are_whole_and_positive(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("max_steps", 0),
+        ("max_steps", 1),
         ("micro_batch", 1),
         ("accumulation", 1),
         ("eval_interval", 1),
         ("sample_tokens", 0),
         ("seed", 0),
         ("warmup_steps", 0),
+        ("threads", 1),
+        ("shards", 1),
         ("n_layer", 1),
         ("block_size", 1),
     ],
@@ -101,7 +103,7 @@ def test_what_replace_makes_is_checked_too_and_nothing_changes_in_place() -> Non
     with pytest.raises(ValueError, match="n_head=7"):
         replace(PRESETS["quick"], n_head=7)
     with pytest.raises(FrozenInstanceError):
-        PRESETS["quick"].lr = 1.0  # type: ignore[misc]
+        PRESETS["quick"].lr = 1.0
 
 
 COMMON = {
@@ -118,6 +120,8 @@ COMMON = {
     "sample_tokens": 300,
     "seed": 1337,
     "device": "cpu",
+    "threads": None,
+    "shards": None,
     "resume": False,
 }
 LARGE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "micro_batch": 64}
@@ -126,7 +130,6 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "shakespeare": LARGE | {"accumulation": 4, "max_steps": 2000, "lr": 3e-4, "min_lr": 3e-5, "eval_interval": 100},
     "nanogpt-char": LARGE | {"accumulation": 1, "max_steps": 5000, "lr": 1e-3, "min_lr": 1e-4, "eval_interval": 250},
     "nanogpt-cpu": SMALL | {"accumulation": 1, "max_steps": 2000, "lr": 1e-3, "min_lr": 1e-4, "eval_interval": 250},
-    "quick": SMALL | {"accumulation": 1, "max_steps": 2000, "lr": 2e-3, "min_lr": 1e-4, "eval_interval": 500},
 }
 
 
@@ -136,16 +139,26 @@ def test_a_preset_is_exactly_this(name: str) -> None:
 
 
 def test_there_are_no_other_presets_and_the_first_of_them_is_the_default() -> None:
-    assert set(PRESETS) == set(EXPECTED)
+    assert set(PRESETS) == {*EXPECTED, "quick"}
+    assert all(config.preset == name for name, config in PRESETS.items())
     assert TrainConfig() == PRESETS["shakespeare"]
 
 
 def test_the_presets_have_the_sizes_they_claim() -> None:
     assert PRESETS["shakespeare"].model(65).parameter_count() == 10_745_088
-    assert PRESETS["quick"].model(65).parameter_count() == 804_096
+    assert PRESETS["nanogpt-cpu"].model(65).parameter_count() == 804_096
     assert PRESETS["shakespeare"].tokens_per_step == 65_536
     assert PRESETS["nanogpt-char"].tokens_per_step == 16_384
-    assert PRESETS["quick"].tokens_per_step == 768
+    assert PRESETS["nanogpt-cpu"].tokens_per_step == 768
+
+
+def test_quick_is_for_minutes() -> None:
+    """Its numbers are tuned; what it promises is a small model, few steps, and whole evaluations at the end."""
+    quick = PRESETS["quick"]
+    flops = quick.model(65).flops_per_token() * quick.tokens_per_step * quick.max_steps
+    assert flops < 1e13
+    assert quick.max_steps % quick.eval_interval == 0
+    assert quick.warmup_steps < quick.max_steps / 4
 
 
 def test_a_run_hands_its_shape_to_the_model() -> None:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minigpt import tokenizer
@@ -15,6 +15,7 @@ UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(text=ANY.filter(bool))
+@example(text="b\ud800a\U0010ffff")
 def test_characters_come_back(text: str) -> None:
     made = CharTokenizer.from_text(text)
     ids = made.encode(text)

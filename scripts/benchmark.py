@@ -1,0 +1,48 @@
+"""Measure tinytensor beside its peers: `python scripts/benchmark.py [step | ops | generate | quick | imports | all]`."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import suite
+
+
+def main(
+    what: tyro.conf.Positional[Literal["step", "ops", "generate", "quick", "imports", "all"]] = "all",
+    rounds: int = 12,
+    compiled: bool = True,
+    bf16: bool = True,
+    json: Path | None = None,
+    markdown: Path | None = None,
+) -> None:
+    """Interleaved measurements, each peer in its own process; medians, spread, and ratios round by round.
+
+    Args:
+        what: which work to measure.
+        rounds: counted rounds; small work takes more of them, large work fewer.
+        compiled: also measure torch.compile, which takes minutes to compile.
+        bf16: also measure torch with bfloat16 autocast.
+        json: write all times there.
+        markdown: write the tables there.
+    """
+    report = suite.Report()
+    for name, value in suite.machine().items():
+        report.console.print(f"[bold]{name}[/bold]  {value}", highlight=False)
+    if what in ("step", "all"):
+        suite.step(report, rounds, compiled, bf16)
+    if what in ("ops", "all"):
+        suite.ops(report, rounds)
+    if what in ("generate", "all"):
+        suite.generate(report, rounds)
+    if what in ("imports", "all"):
+        suite.imports(report, rounds)
+    if what in ("quick", "all"):
+        suite.quick(report, rounds)
+    report.write("python " + " ".join(sys.argv), json, markdown)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

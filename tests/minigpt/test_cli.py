@@ -1,0 +1,239 @@
+"""The scripts as a user runs them. Most errors are tried in this process, for each new one costs a second."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from minigpt.checkpoint import LAST, Checkpoint, load
+from minigpt.config import PRESETS, TrainConfig
+from minigpt.sampling import Sampling, speak
+from minigpt.tracking import read_metrics
+from minigpt.trainer import Trainer
+from tests.minigpt.small import verse
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["--data", "verse.txt", "--n_layer", "1", "--n-embd=16", "--n_head", "2", "--block_size=8", "--micro-batch", "4"]
+SHORT = [*SIZES, "--max_steps", "4", "--eval-interval", "2", "--warmup_steps", "1", "--sample-tokens", "10", "--lr", "1e-3"]
+
+
+def command(script: str, *args: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / script), *args]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "COLUMNS": "300", "TINYTENSOR_NUM_THREADS": "1"}
+
+
+def execute(home: Path, script: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(script, *args), cwd=home, env=environment(), input=stdin, capture_output=True, encoding="utf-8", timeout=60
+    )
+
+
+@pytest.fixture(name="home", scope="module")
+def home_with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and the run that scripts/train.py made of it."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "verse.txt").write_text(verse(), encoding="utf-8")
+    done = execute(home, "train.py", "quick", *SHORT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "validation loss" in done.stdout
+    assert "runs/quick" in done.stdout
+    return home
+
+
+@pytest.fixture(name="trained")
+def checkpoint_of_the_run(home: Path) -> Checkpoint:
+    return load(home / "runs" / "quick" / LAST)
+
+
+def attempt(monkeypatch: pytest.MonkeyPatch, home: Path, script: str, *args: str) -> str:
+    """Run a script in this process; it must end with one line for standard error, which makes its exit code 1."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    message = caught.value.code
+    assert isinstance(message, str)
+    assert "\n" not in message
+    return message
+
+
+def test_training_takes_flags_with_dashes_and_underscores(home: Path, trained: Checkpoint) -> None:
+    config = trained.config
+    assert (config.n_layer, config.n_embd, config.n_head, config.block_size, config.micro_batch) == (1, 16, 2, 8, 4)
+    assert (config.max_steps, config.eval_interval, config.warmup_steps, config.sample_tokens) == (4, 2, 1, 10)
+    assert (config.preset, config.min_lr, config.dropout) == ("quick", PRESETS["quick"].min_lr, 0.0)
+    assert {p.name for p in (home / "runs" / "quick").iterdir()} == {
+        "last.safetensors",
+        "best.safetensors",
+        "metrics.jsonl",
+        "curve.png",
+        "samples",
+    }
+
+
+def test_resuming_takes_every_flag_that_is_given(tmp_path: Path, home: Path) -> None:
+    """One that repeats the preset's default included: the run's own setting was another."""
+    (tmp_path / "verse.txt").write_text(verse(), encoding="utf-8")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / LAST).write_bytes((home / "runs" / "quick" / LAST).read_bytes())
+    done = execute(tmp_path, "train.py", "--resume", "--out-dir", "mine", "--max-steps", "6", "--lr", "3e-4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "resumed at step 4" in done.stdout
+    config = load(folder / LAST).config
+    assert (config.lr, config.max_steps, config.eval_interval) == (PRESETS["shakespeare"].lr, 6, 2)
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [5, 6]
+    assert '--run "mine"' in done.stdout  # the newest run below runs/ would be another
+
+
+def test_help_explains_every_setting(tmp_path: Path) -> None:
+    done = execute(tmp_path, "train.py", "nanogpt-char", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in PRESETS:
+        assert name in done.stdout
+    for field in fields(TrainConfig):
+        flag = field.name.replace("_", "-")
+        (line,) = [line for line in done.stdout.splitlines() if re.search(rf"│ --{flag}[ ,]", line)]
+        words = re.sub(rf"--(no-)?{flag},?|\(default: .*?\)|\{{.*?\}}|[A-Z|│]+ ", "", line)
+        assert len(words.split()) >= 2, line
+    assert "(default: 5000)" in done.stdout  # the settings of the preset that was named
+    assert not list(tmp_path.iterdir())
+
+
+def test_generating_continues_the_prompt_with_the_newest_run(home: Path, trained: Checkpoint) -> None:
+    done = execute(
+        home, "generate.py", "--prompt", "ANNA:\n", "--max_tokens", "20", "--num-samples", "3", "--top-k", "5", "--seed=2"
+    )
+    expected = "".join(speak(trained, "ANNA:\n", 20, 3, Sampling(top_k=5, seed=2)))
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+    assert done.stdout.count("---\n") == 2
+
+
+def test_a_prompt_comes_from_standard_input(home: Path) -> None:
+    done = execute(
+        home, "generate.py", "--run", "runs/quick/last.safetensors", "--prompt", "-", "--max-tokens", "4", stdin="ZOË:\nMy"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ZOË:\nMy")
+    assert len(done.stdout) == len("ZOË:\nMy") + 4 + 1
+
+
+def test_a_prompt_comes_from_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "prompt.txt").write_text("BERT:\nA naïve cat", encoding="utf-8")
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt-file", "prompt.txt", "--max-tokens", "3", "--temperature", "0"])
+    runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
+    written = capsys.readouterr().out
+    assert written.startswith("BERT:\nA naïve cat")
+    assert len(written) == len("BERT:\nA naïve cat") + 3 + 1
+
+
+def test_an_error_is_one_line_on_standard_error(home: Path) -> None:
+    done = execute(home, "generate.py", "--prompt", "ANNA: 7")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: character '7' (U+0037) at position 6 is not in the model's vocabulary")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt-file", "none.txt"], r"none\.txt"),
+        (["--prompt-file", "bytes.bin"], r"can't decode byte 0xff"),
+        (["--run", "none"], r"none holds no checkpoint"),
+        (["--run", "verse.txt"], r"verse\.txt cannot be read as a checkpoint"),
+        (["--max-tokens=-1"], r"max_tokens=-1 must not be negative"),
+        (["--num-samples", "0"], r"num_samples=0 must be at least 1"),
+    ],
+)
+def test_generating_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str) -> None:
+    (home / "bytes.bin").write_bytes(b"\xff\xfe")
+    assert re.match(f"error: .*{message}", attempt(monkeypatch, home, "generate.py", *args))
+
+
+def test_without_a_run_the_message_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = attempt(monkeypatch, tmp_path, "generate.py")
+    assert message.startswith("error: no run with a checkpoint below runs/; train one with: python scripts/train.py quick")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "none.txt"], r"cannot read none\.txt .*--data FILE"),
+        ([*SHORT, "--out-dir", "runs/quick"], r"runs/quick already holds a run; continue it with --resume"),
+        ([*SHORT, "--out-dir", "verse.txt"], r"verse\.txt"),
+        ([*SHORT, "--out-dir", "verse.txt/below"], r"verse\.txt/below"),
+        ([*SHORT, "--block-size", "99999"], r"the text has \d+ tokens"),
+        (["--resume", "--n-embd", "32", "--n-layer", "2"], r".*quick cannot go on .*n_layer 1 → 2, n_embd 16 → 32"),
+        (["--resume", "--data", "other.txt"], r"trained on another text than other\.txt"),
+        (["--preset", "shakespeare"], r"--preset only names a run; .*train\.py shakespeare"),
+        (["--resume", "--out-dir", "none"], r"none/last\.safetensors cannot be read"),
+    ],
+)
+def test_training_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str) -> None:
+    (home / "other.txt").write_text(verse(seed=1), encoding="utf-8")
+    before = {p: p.stat().st_mtime_ns for p in home.rglob("*")}
+    assert re.match(f"error: .*{message}", attempt(monkeypatch, home, "train.py", "quick", *args))
+    assert {p: p.stat().st_mtime_ns for p in home.rglob("*")} == before
+
+
+@pytest.mark.parametrize("args", [["quik"], ["--n-head", "5"], ["--dropout", "2"], ["--lr", "fast"], ["--source", "sonnets"]])
+def test_wrong_flags_are_explained_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    assert caught.value.code == 2
+    told = capsys.readouterr()
+    assert args[-1] in told.out + told.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_says_how_to_go_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    message = attempt(monkeypatch, home, "train.py", "quick", *SHORT, "--out-dir", str(tmp_path / "new"))
+    assert message == "interrupted; --resume goes on from the last checkpoint"
+
+
+def test_a_reader_may_leave_early(home: Path) -> None:
+    args = command("generate.py", "--prompt", "ANNA:\n", "--max-tokens", "100000")
+    with subprocess.Popen(args, cwd=home, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ANNA:\n"
+        process.stdout.close()
+        _, errors = process.communicate(timeout=30)
+    assert errors == b""
+
+
+def test_importing_minigpt_is_light() -> None:
+    heavy = ("matplotlib", "rich", "wandb", "tyro", "torch", "safetensors", "cupy")
+    code = f"import minigpt, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_text_is_downloaded_by_a_script_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tiny_shakespeare.txt").write_text(verse(), encoding="utf-8")  # so that nothing is fetched
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["download_data.py", "--source", "tiny", "--out-dir", "data"])
+    runpy.run_path(str(ROOT / "scripts" / "download_data.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert f"characters  {len(verse()):,}" in told
+    assert "not the published text (edited?)" in told
