@@ -94,13 +94,14 @@ class Op:
 class Leaf:
     """The place in the graph of a tensor that the user made: where its gradient arrives and stays."""
 
-    __slots__ = ("grad", "hooks", "serial", "slot")
+    __slots__ = ("busy", "grad", "hooks", "serial", "slot")
     op = None
 
     def __init__(self) -> None:
         self.serial = next(writes.serial)
         self.grad: Value | None = None
         self.slot: Array | None = None  # memory that the gradient must live in, when an optimiser owns it
+        self.busy = False  # whether a backward pass is making its gradient there
         self.hooks: list[Callable[[Any], Any]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copied or unpickled leaf is a new place, and in no optimiser's memory
@@ -122,6 +123,9 @@ class Node:
         self.origin = writes.caller()
         self.grad: Any = None  # None, or True then the gradient, after retain_grad
         self.hooks: list[Callable[[Any], Any]] | None = None
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"a result of {self.op.name} is not copied or pickled together with its graph; use detach()")
 
     def shares(self, g: Any, create_graph: bool) -> list[tuple[Any, Any]]:
         """The gradients that g = ∂L/∂y sends to the inputs, as (node, gradient) pairs."""
@@ -371,7 +375,7 @@ def sweep(
             total[node] = g
             heapq.heappush(heap, (-node.serial, node))
         elif type(g) is Into:
-            total[node] = g.add(old if node in owned else old.copy(), False)
+            total[node] = g.add(old if node in owned else backend.as_array(old).copy(), False)
             owned.add(node)
         elif node in owned:
             old += g
@@ -423,15 +427,21 @@ def _hooked(hook: Callable[[Any], Any], g: Any, create_graph: bool) -> Any:
     result = hook(given)
     if result is None:
         return g
-    replacement = result if isinstance(result, Value) else Value.result_type(backend.as_array(result))
+    replacement: Any = as_value(result)
     if replacement.data.shape != g.shape:
         raise ValueError(f"a gradient hook returned shape {replacement.data.shape} for a gradient of shape {g.shape}")
+    replacement = replacement.astype(g.dtype)
     return replacement if create_graph else replacement.data
 
 
 def free_slot(leaf: Leaf) -> Array | None:
-    """The memory that an optimiser keeps for a leaf's gradient, when no gradient is in it yet."""
-    return leaf.slot if leaf.grad is None else None
+    """The memory that an optimiser keeps for a leaf's gradient, for one pass to write into when no gradient is there yet."""
+    with _deposit_lock:
+        if leaf.slot is None or leaf.grad is not None or leaf.busy:
+            return None
+        leaf.busy = True
+    writes.record(leaf.slot)
+    return leaf.slot
 
 
 _deposit_lock = threading.Lock()  # two threads may differentiate through the same parameters
@@ -445,12 +455,14 @@ def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
         node.grad = own if node.grad is True else node.grad + own
         return
     with _deposit_lock:
+        in_slot = not recorded and g is node.slot
         if node.grad is None:
             if recorded:
-                node.grad = g.clone()  # type: ignore[attr-defined]  # a vjp may have sent this tensor to several inputs
-            elif node.slot is not None:
-                if g is not node.slot:
+                node.grad = g.clone()  # a vjp may have sent this tensor to several inputs
+            elif node.slot is not None and (in_slot or not node.busy):
+                if not in_slot:
                     node.slot[...] = g
+                    writes.record(node.slot)
                 node.grad = Value.result_type(node.slot)
             else:
                 node.grad = Value.result_type(g if owned else backend.as_array(g).copy())
@@ -459,3 +471,5 @@ def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
         else:
             node.grad.data += g
             writes.record(node.grad.data)
+        if in_slot:
+            node.busy = False

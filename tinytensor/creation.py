@@ -80,7 +80,7 @@ def randn(*shape: Any, dtype: Any = "float32", device: str = "cpu", requires_gra
 
 def randint(low: int, high: int, shape: Any, device: str = "cpu") -> Tensor:
     """Uniform integers in [low, high), int64; keyed as `rand`."""
-    sizes = _shape((shape,) if isinstance(shape, int) else tuple(shape))
+    sizes = _shape((shape,) if isinstance(shape, int | np.integer) else tuple(shape))
     return _make(random.integers(random.next_key("randint"), low, high, sizes), None, device, False)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytensor import backend, writes
+from tinytensor import backend, parallel, writes
 from tinytensor.autograd import Leaf
 from tinytensor.backend import Array
 from tinytensor.tensor import Tensor
@@ -53,6 +53,7 @@ class FlatBuffer:
             if leaf.slot is None:
                 start = self.starts[len(present)]
                 leaf.slot = self.grad[start : start + p.size].reshape(p.shape)
+            leaf.busy = False  # also where a pass failed half-way
             if leaf.grad.data is not leaf.slot:
                 leaf.slot[...] = leaf.grad.data
                 leaf.grad = Tensor(leaf.slot)
@@ -107,12 +108,16 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        pieces = []
         for (buffer, places), state in zip(self._buffers, self._state, strict=True):
             for first, last in self._stretches(places, buffer.gather()):
-                begin, end = buffer.starts[first], buffer.starts[last]
-                group = self.param_groups[self._group_of[places[first]]]
-                moments = [state[name][begin:end] for name in self.state_names]
-                self._update(buffer.data[begin:end], buffer.grad[begin:end], moments, group, self._steps[places[first]])
+                group, steps = self.param_groups[self._group_of[places[first]]], self._steps[places[first]]
+                for begin in range(buffer.starts[first], buffer.starts[last], _PIECE):
+                    piece = slice(begin, min(begin + _PIECE, buffer.starts[last]))
+                    moments = [state[name][piece] for name in self.state_names]
+                    pieces.append((buffer.data[piece], buffer.grad[piece], moments, group, steps))
+        parallel.map(lambda piece: self._update(*piece), pieces)
+        for buffer, _ in self._buffers:
             writes.record(buffer.data)
 
     def _stretches(self, places: list[int], present: list[bool]) -> Iterator[tuple[int, int]]:
@@ -156,6 +161,9 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over another optimiser's state; ValueError, and nothing changed, when the parameters do not fit."""
         shapes = [p.shape for p in self._parameters]
+        missing = [name for name in ("steps", *self.state_names, "param_groups") if name not in state]
+        if missing:
+            raise ValueError(f"optimiser state has no {', '.join(missing)}; is it another optimiser's?")
         for name in self.state_names:
             theirs = [np.shape(a) for a in state[name]]
             if theirs != shapes:
@@ -251,6 +259,7 @@ class AdamW(Optimizer):
         p -= scratch
 
 
+_PIECE = 1 << 20  # elements that one thread updates at a time
 _BLOCK = 1 << 15  # elements: p, g, m, v and one scratch array of a block stay in a core's cache through all passes
 
 
@@ -261,8 +270,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be positive, got {max_norm}")
-    grads = [p.grad.data for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
-    arrays = _whole_buffers(grads)
+    given = [parameters] if isinstance(parameters, Tensor) else parameters
+    arrays = _gradient_memory([p for p in given if p.grad is not None])
     norm = math.sqrt(sum(_sum_of_squares(a) for a in arrays))
     scale = max_norm / (norm + 1e-6)
     if scale < 1:
@@ -272,21 +281,24 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     return norm
 
 
-def _whole_buffers(grads: list[Array]) -> list[Array]:
-    """The same memory in fewer arrays: a buffer in place of its views where they cover all of it but the padding."""
-    views: dict[int, list[Array]] = {}
-    for g in grads:
-        views.setdefault(id(g if g.base is None else g.base), []).append(g)
-    merged: list[Array] = []
-    for parts in views.values():
-        base = parts[0].base
-        step = _ALIGNMENT // parts[0].itemsize
-        covered = sum(-(-g.size // step) * step for g in {id(g): g for g in parts}.values())
-        whole = base is not None and base.ndim == 1 and base.flags.c_contiguous and covered == base.size
-        merged.extend([base] if whole else {id(g): g for g in parts}.values())
-    return merged
+def _gradient_memory(parameters: list[Tensor]) -> list[Array]:
+    """Their gradients, each once; a flat buffer in place of its slots where they cover all of it but the padding."""
+    gradients: dict[int, tuple[Array, bool]] = {}
+    for p in parameters:
+        g = p.grad.data  # type: ignore[union-attr]
+        gradients[id(g)] = g, g is getattr(p.node, "slot", None)
+    arrays = [g for g, in_buffer in gradients.values() if not in_buffer]
+    buffers: dict[int, list[Array]] = {}
+    for g, in_buffer in gradients.values():
+        if in_buffer:
+            buffers.setdefault(id(g.base), []).append(g)
+    for slots in buffers.values():
+        step = _ALIGNMENT // slots[0].itemsize
+        whole = sum(-(-g.size // step) * step for g in slots) == slots[0].base.size
+        arrays.extend([slots[0].base] if whole else slots)
+    return arrays
 
 
 def _sum_of_squares(a: Array) -> float:
-    flat = a.reshape(-1)
+    flat = a.reshape(-1) if a.itemsize > 2 else a.reshape(-1).astype(np.float32)
     return float(sum(float(block @ block) for block in (flat[i : i + _BLOCK] for i in range(0, flat.size, _BLOCK))))

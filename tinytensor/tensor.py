@@ -76,11 +76,15 @@ class Tensor(Value):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
+        if value is None:
+            if self.node is not None:
+                self.node.grad = True if isinstance(self.node, Node) and self.node.grad is not None else None
+            return
         if self.node is None:
             raise RuntimeError("a tensor that does not require gradients has no .grad; set requires_grad=True")
-        if value is not None and autograd.as_value(value).data.shape != self.shape:
+        if autograd.as_value(value).data.shape != self.shape:
             raise ValueError(f"a gradient of shape {autograd.as_value(value).data.shape} does not fit shape {self.shape}")
-        self.node.grad = None if value is None else autograd.as_value(value)
+        self.node.grad = autograd.as_value(value)
 
     def __len__(self) -> int:
         if self.ndim == 0:
@@ -185,10 +189,14 @@ class Tensor(Value):
         node = self.node
         if node is None:
             raise RuntimeError("a tensor that does not require gradients will never call a hook")
-        node.hooks = [*(node.hooks or ()), hook]
+
+        def entry(gradient: Tensor) -> Tensor | None:  # one object for each registration, also of the same hook
+            return hook(gradient)
+
+        node.hooks = [*(node.hooks or ()), entry]
 
         def remove() -> None:
-            node.hooks = [h for h in node.hooks or () if h is not hook] or None
+            node.hooks = [h for h in node.hooks or () if h is not entry] or None
 
         return remove
 
@@ -204,7 +212,7 @@ class Tensor(Value):
 
     def _inplace(self, op: Callable[[Any, Any], Tensor], other: Any) -> Tensor:
         if self._tracks(other):
-            self._rewrite(lambda before: op(before, other))
+            self._rewrite(lambda before: op(before, before if other is self else other))
         else:
             y = op(self.detach(), other.detach() if isinstance(other, Tensor) else other)
             self._overwrite(y)
@@ -232,7 +240,10 @@ class Tensor(Value):
             )
         y = op(Tensor(self.data.copy(), self.node))
         self._overwrite(y)
+        retained = self.node is not None and self.node.grad is not None
         self.node = written(y).node  # newer than the write: what this memory holds from now on
+        if retained:
+            self.retain_grad()
 
     def __iadd__(self, other: Any) -> Tensor:
         return self._inplace(ops.add, other)
@@ -317,8 +328,10 @@ class Tensor(Value):
     def __or__(self, other: Any) -> Tensor:
         return _compare(np.bitwise_or, self, other)
 
+    __rand__, __ror__ = __and__, __or__
+
     def __invert__(self) -> Tensor:
-        return Tensor(np.asarray(~self.data))
+        return Tensor(backend.as_array(~self.data))
 
     # -- functions as methods
 
@@ -462,6 +475,7 @@ class Tensor(Value):
         f = _NUMPY.get(ufunc)
         if method == "reduce" and ufunc in _REDUCTIONS:
             f = _REDUCTIONS[ufunc]
+            kwargs.setdefault("axis", 0)  # unlike np.sum
         elif method != "__call__":
             f = None
         if f is None or kwargs.get("out") is not None:
@@ -518,7 +532,7 @@ def root(output: Tensor, gradient: Any, create_graph: bool) -> tuple[Any, Any]:
 
 
 def _compare(f: Any, a: Tensor, b: Any) -> Tensor:
-    return Tensor(np.asarray(f(a.data, b.data if isinstance(b, Value) else b)))
+    return Tensor(backend.as_array(f(a.data, b.data if isinstance(b, Value) else b)))
 
 
 def _reduction(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -556,6 +570,8 @@ _NUMPY: dict[Any, Callable[..., Any]] = {
     np.sign: lambda x: Tensor(np.sign(x.data)),
     np.isfinite: lambda x: Tensor(np.isfinite(x.data)),
     np.isnan: lambda x: Tensor(np.isnan(x.data)),
+    np.bitwise_and: lambda a, b: _compare(np.bitwise_and, autograd.as_value(a), b),
+    np.bitwise_or: lambda a, b: _compare(np.bitwise_or, autograd.as_value(a), b),
     np.equal: lambda a, b: _compare(np.equal, autograd.as_value(a), b),
     np.not_equal: lambda a, b: _compare(np.not_equal, autograd.as_value(a), b),
     np.less: lambda a, b: _compare(np.less, autograd.as_value(a), b),
@@ -571,7 +587,7 @@ _NUMPY: dict[Any, Callable[..., Any]] = {
     np.prod: _reduction(ops.prod),
     np.argmax: ops.argmax,
     np.argmin: ops.argmin,
-    np.cumsum: ops.cumsum,
+    np.cumsum: lambda x, axis=None: ops.cumsum(x.reshape(-1), 0) if axis is None else ops.cumsum(x, axis),
     np.clip: ops.clip,
     np.where: ops.where,
     np.reshape: ops.reshape,

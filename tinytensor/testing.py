@@ -38,8 +38,8 @@ def gradcheck(f: Callable[..., Any], inputs: Sequence[Any], eps: float = 1e-6, a
         total: Any = 0.0
         for part in parts:
             if part.dtype.kind == "f":
-                v = 1 + 0.5 * np.cos(np.arange(part.size) * 1.7 + 0.3).reshape(part.shape)
-                total = total + (part * Tensor(v)).sum()
+                v = 1 + 0.5 * np.cos(np.arange(part.size) * 1.7 + 0.3)
+                total = total + (part * Tensor(v.reshape(part.shape))).sum()
         return total
 
     with autograd.enable_grad():
@@ -83,7 +83,7 @@ def gradgradcheck(
         out = f(*leaves)
         parts = [p for p in (out if isinstance(out, (tuple, list)) else (out,)) if p.requires_grad]
         wanted = [x for x in leaves if x.requires_grad]
-        seeds = [Tensor(1 + 0.4 * np.sin(np.arange(p.size) * 1.3).reshape(p.shape)) for p in parts]
+        seeds = [Tensor((1 + 0.4 * np.sin(np.arange(p.size) * 1.3)).reshape(p.shape)) for p in parts]
         grads = grad(parts, wanted, grad_outputs=seeds, create_graph=True, allow_unused=True)
         return tuple(g for g in grads if g is not None)
 

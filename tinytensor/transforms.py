@@ -34,7 +34,7 @@ def grad(
         if x.node is None:
             raise RuntimeError(f"grad: input {i}, of shape {x.shape}, does not require gradients; set requires_grad=True")
     found: dict[Any, Any] = {}
-    wanted = {x.node for x in ins}
+    wanted = {x.node for x in ins if x.node is not None}
 
     def keep(node: Any, g: Any, owned: bool) -> None:
         if node in wanted:  # a constant may be the seed itself, or belong to two inputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import weakref
 from types import CodeType
 from typing import NamedTuple
@@ -46,6 +47,7 @@ class Write(NamedTuple):
 
 
 _log: dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]] = {}
+_log_lock = threading.RLock()
 
 
 def record(array: Array) -> None:
@@ -53,15 +55,17 @@ def record(array: Array) -> None:
     global latest
     root = memory_root(array)
     key = id(root)
-    if key not in _log:
-        _log[key] = (weakref.ref(root, lambda _: _log.pop(key, None)), {})
-    ranges = _log[key][1]
-    latest = next(serial)
-    ranges[byte_bounds(array)] = Write(latest, caller())
-    if len(ranges) > _MAX_RANGES:
-        low, high, newest = min(lo for lo, _ in ranges), max(hi for _, hi in ranges), ranges[byte_bounds(array)]
-        ranges.clear()
-        ranges[low, high] = newest
+    place, origin = byte_bounds(array), caller()
+    with _log_lock:
+        if key not in _log:
+            _log[key] = (weakref.ref(root, lambda _: _log.pop(key, None)), {})
+        ranges = _log[key][1]
+        latest = next(serial)
+        ranges[place] = Write(latest, origin)
+        if len(ranges) > _MAX_RANGES:
+            low, high, newest = min(lo for lo, _ in ranges), max(hi for _, hi in ranges), ranges[place]
+            ranges.clear()
+            ranges[low, high] = newest
 
 
 def find(array: Array, since: int) -> Write | None:
@@ -72,5 +76,6 @@ def find(array: Array, since: int) -> Write | None:
     if entry is None:
         return None
     low, high = byte_bounds(array)
-    hits = [w for (lo, hi), w in entry[1].items() if w.serial > since and lo < high and low < hi]
+    with _log_lock:
+        hits = [w for (lo, hi), w in entry[1].items() if w.serial > since and lo < high and low < hi]
     return max(hits, default=None, key=lambda w: w.serial)

@@ -7,6 +7,7 @@ matrix products with ones: BLAS does them several times faster than a reduction.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -79,53 +80,48 @@ _A, _C = 0.044715, math.sqrt(2 / math.pi)
 
 @register_kernel("cpu", "layer_norm")
 class LayerNorm:
-    """Keeps 1/σ and the mean of each row; normed values are made again from x."""
+    """Keeps the normed values x̂ and 1/σ of each row."""
 
     def forward(x, weight, bias=None, *, eps):
         if not _plain(x, weight) or x.ndim < 2 or (bias is not None and not _plain(x, bias)):
             return NotImplemented
-        rows, y = _rows(x), np.empty(x.shape, x.dtype)
+        rows, y, normed = _rows(x), np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
         n, width = rows.shape
         averaging = np.full(width, 1 / width, x.dtype)
-        mean, rstd = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
+        rstd = np.empty((n, 1), x.dtype)
         for b in _blocks(n, width):
-            out = _rows(y)[b]
-            np.matmul(rows[b], averaging, out=mean[b, 0])
-            np.subtract(rows[b], mean[b], out=out)
-            variance = np.vecdot(out, out)[:, None]
-            variance /= width
+            hat, out = _rows(normed)[b], _rows(y)[b]
+            np.subtract(rows[b], (rows[b] @ averaging)[:, None], out=hat)
+            variance = np.vecdot(hat, hat)
+            variance *= 1 / width
             variance += eps
             np.sqrt(variance, out=variance)
-            np.divide(1, variance, out=rstd[b])
-            out *= rstd[b]
-            out *= weight
+            np.divide(1, variance, out=rstd[b, 0])
+            hat *= rstd[b]
+            np.multiply(hat, weight, out=out)
             if bias is not None:
                 out += bias
-        return y, (mean, rstd)
+        return y, (normed, rstd)
 
     def vjp(g, y, x, weight, bias=None, *, eps, residual):
-        mean, rstd = residual
+        normed, rstd = residual
         dx = np.empty(x.shape, x.dtype)
-        rows, g = _rows(x), _rows(np.broadcast_to(g, x.shape))
-        n, width = rows.shape
+        g, normed = _rows(np.broadcast_to(g, x.shape)), _rows(normed)
+        n, width = normed.shape
         dweight, dbias = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
         averaging = np.full(width, 1 / width, x.dtype)
         for b in _blocks(n, width):
-            out, gb = _rows(dx)[b], g[b]
-            normed = rows[b] - mean[b]
-            normed *= rstd[b]
-            np.multiply(gb, normed, out=out)
+            out, hat, gb = _rows(dx)[b], normed[b], g[b]
             ones = np.ones(len(gb), x.dtype)
+            np.multiply(gb, hat, out=out)
             dweight += ones @ out
             if bias is not None:
                 dbias += ones @ gb
-            out *= weight  # h·x̂, h = g·γ
-            along = (out @ averaging)[:, None]
-            np.multiply(gb, weight, out=out)
-            along_mean = (out @ averaging)[:, None]
-            normed *= along
-            out -= normed
-            out -= along_mean
+            np.multiply(gb, weight, out=out)  # h = g·γ
+            along = np.vecdot(out, hat)[:, None]
+            along *= 1 / width
+            out -= (out @ averaging)[:, None]
+            out -= hat * along
             out *= rstd[b]
         return (dx, dweight) if bias is None else (dx, dweight, dbias)
 
@@ -247,10 +243,10 @@ class CrossEntropy:
 
 @register_kernel("cpu", "causal_attention", saves="y")
 class CausalAttention:
-    """One sequence and one block of queries at a time, all heads at once; keeps ln Σeˢ of each row, not the T×T weights.
+    """A few sequences and one block of queries at a time, all heads at once; keeps ln Σeˢ of each row, not the T×T weights.
 
-    Keys after a block's last query are never touched. Scores whose bound |q|·|k| is small need no running maximum:
-    exp cannot overflow. (Milakov & Gimelshein 2018; Dao et al., "FlashAttention", 2022, for the backward from ln Σeˢ.)
+    Keys after a block's last query are never touched. Where the bound |q|·|k| on the scores is small, exp cannot overflow and
+    no maximum is subtracted. (Milakov & Gimelshein 2018; Dao et al., "FlashAttention", 2022, for backward from ln Σeˢ.)
     """
 
     def forward(q, k, v, p, key):
@@ -261,12 +257,12 @@ class CausalAttention:
         (B, H, T, d), S = q.shape, k.shape[2]
         y = _positions_first(B, H, T, v.shape[3], q.dtype)
         lse = np.empty((B, H, T, 1), q.dtype)
-        mask = random.keep_mask(key, (B, H, T, S), p) if p else None
-        for b in range(B):
-            qs, shift = q[b] * (1 / math.sqrt(d)), _needs_shift(q[b], k[b])
-            vb = v[b] * (1 / random.keep_probability(p)) if p and random.keep_probability(p) else v[b]
+        mask, keep = _mask(key, (B, H, T, S), p)
+        for b in _sequences(q, S):
+            qs, kt, shift = q[b] * (1 / math.sqrt(d)), _transposed(k[b]), _needs_shift(q[b], k[b])
+            vs = v[b] if mask is None else v[b] * (1 / keep)
             for i, j, n in _query_blocks(T, S):
-                s = _scores(qs[:, i:j], k[b, :, :n])
+                s = np.matmul(qs[:, :, i:j], kt[..., :n])
                 _mask_future(s, i + S - T)
                 if shift:
                     top = s.max(axis=-1, keepdims=True)
@@ -276,44 +272,42 @@ class CausalAttention:
                 lse[b, :, i:j] = np.log(total) + top if shift else np.log(total)
                 if mask is not None:
                     s *= mask[b, :, i:j, :n]
-                out = np.matmul(s, vb[:, :n])
-                out /= total
-                y[b, :, i:j] = out
-        return y.reshape(shape) if y.shape != shape else y, (lse, mask)
+                out = np.matmul(s, vs[:, :, :n])
+                np.divide(out, total, out=y[b, :, i:j])
+        return y.reshape(shape), (lse, mask, keep)
 
     def vjp(g, y, q, k, v, p, key, residual):
-        lse, mask = residual
+        lse, mask, keep = residual
         shapes = q.shape, k.shape, v.shape
         g, y, q, k, v = (_heads(a) for a in (g, y, q, k, v))
         (B, H, T, d), S = q.shape, k.shape[2]
         dq, dk, dv = (_positions_first(B, H, *a.shape[2:], q.dtype) for a in (q, k, v))
         scale = 1 / math.sqrt(d)
-        keep = random.keep_probability(p) if p else 1.0
-        for b in range(B):
-            qs = q[b] * scale
-            gs = g[b] * (1 / keep) if keep not in (0, 1) else g[b]
+        for b in _sequences(q, S):
+            qs, kb, kt, vt = q[b] * scale, k[b], _transposed(k[b]), _transposed(v[b])
+            gs = g[b] if mask is None else g[b] * (1 / keep)
             delta = np.vecdot(g[b], y[b])[..., None]
-            dkb, dvb = np.zeros((H, S, d), q.dtype), np.zeros((H, S, v.shape[3]), q.dtype)
+            dkb, dvb = np.zeros(kb.shape, q.dtype), np.zeros(v[b].shape, q.dtype)
             for i, j, n in _query_blocks(T, S):
-                a = _scores(qs[:, i:j], k[b, :, :n])
+                a = np.matmul(qs[:, :, i:j], kt[..., :n])
                 _mask_future(a, i + S - T)
                 a -= lse[b, :, i:j]
                 np.exp(a, out=a)
-                da = np.matmul(gs[:, i:j], v[b, :, :n].swapaxes(1, 2))
+                da = np.matmul(gs[:, :, i:j], vt[..., :n])
                 if mask is None:
-                    dvb[:, :n] += np.matmul(a.swapaxes(1, 2), g[b, :, i:j])
+                    kept = a
                 else:
                     m = mask[b, :, i:j, :n]
                     da *= m
-                    dvb[:, :n] += np.matmul((a * m).swapaxes(1, 2), gs[:, i:j])
-                da -= delta[:, i:j]
+                    kept = a * m
+                dvb[:, :, :n] += np.matmul(kept.swapaxes(2, 3), gs[:, :, i:j])
+                da -= delta[:, :, i:j]
                 da *= a
-                out = np.matmul(da, k[b, :, :n])
-                out *= scale
-                dq[b, :, i:j] = out
-                dkb[:, :n] += np.matmul(da.swapaxes(1, 2), qs[:, i:j])
+                out = np.matmul(da, kb[:, :, :n])
+                np.multiply(out, scale, out=dq[b, :, i:j])
+                dkb[:, :, :n] += np.matmul(da.swapaxes(2, 3), qs[:, :, i:j])
             dk[b], dv[b] = dkb, dvb
-        return tuple(a.reshape(s) if a.shape != s else a for a, s in zip((dq, dk, dv), shapes, strict=True))
+        return tuple(a.reshape(s) for a, s in zip((dq, dk, dv), shapes, strict=True))
 
 
 _QUERIES = 64  # rows of a block of queries: few enough for the cache, and little masked work at the diagonal
@@ -329,13 +323,26 @@ def _positions_first(B, H, T, d, dtype):
     return np.empty((B, T, H, d), dtype).transpose(0, 2, 1, 3)
 
 
+def _transposed(x):
+    """(…, T, d) as (…, d, T), copied: BLAS multiplies by it a third faster than by a transposed view."""
+    return np.ascontiguousarray(x.swapaxes(-1, -2))
+
+
+def _mask(key, shape, p):
+    """The dropout mask of a key, or None, and the probability to keep; a mask that drops all scales nothing."""
+    return (random.keep_mask(key, shape, p), random.keep_probability(p) or 1.0) if p else (None, 1.0)
+
+
+def _sequences(q, S):
+    """Slices of as many sequences as have about 2·_BLOCK scores in a block of queries."""
+    B, H, T, _ = q.shape
+    step = max(1, 2 * _BLOCK // (H * min(T, _QUERIES) * S))
+    return [slice(b, min(b + step, B)) for b in range(0, B, step)]
+
+
 def _query_blocks(T, S):
     """(first, last, keys): queries first … last − 1 see at most the first `keys` keys."""
     return [(i, min(i + _QUERIES, T), min(i + _QUERIES, T) + S - T) for i in range(0, T, _QUERIES)]
-
-
-def _scores(q, k):
-    return np.matmul(q, k.swapaxes(1, 2))
 
 
 def _needs_shift(q, k):
@@ -346,5 +353,10 @@ def _needs_shift(q, k):
 
 def _mask_future(scores, first):
     """−∞ for keys after their query, in place; row 0 is the query at position `first`."""
-    limit = np.where(np.tri(scores.shape[-2], scores.shape[-1] - first, dtype=bool), np.inf, -np.inf)
-    np.minimum(scores[..., first:], limit.astype(scores.dtype), out=scores[..., first:])
+    end = scores[..., first:]
+    np.minimum(end, _limits(*end.shape[-2:], end.dtype), out=end)
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(rows, columns, dtype):
+    return np.where(np.tri(rows, columns, dtype=bool), np.inf, -np.inf).astype(dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinytensor.autograd import Op, apply, as_value, call
-from tinytensor.ops.elementwise import add, mul, where
+from tinytensor.ops.elementwise import add, floating, mul, where
 
 if TYPE_CHECKING:
     from tinytensor.tensor import Tensor
@@ -124,12 +124,12 @@ _ERFC = [  # Chebyshev coefficients of P on t ∈ [0, 1], from erfc evaluated to
 
 def sigmoid(x: Any) -> Tensor:
     """1/(1 + e⁻ˣ), without overflow."""
-    return apply(Sigmoid, x)
+    return apply(Sigmoid, floating(x))
 
 
 def erf(x: Any) -> Tensor:
     """The error function."""
-    return apply(Erf, x)
+    return apply(Erf, floating(x))
 
 
 def relu(x: Any) -> Tensor:
@@ -151,7 +151,7 @@ def silu(x: Any) -> Tensor:
 def gelu(x: Any, approximate: str = "tanh") -> Tensor:
     """Gaussian error linear unit: x·Φ(x). "tanh" is GPT-2's approximation, "none" the exact form with erf."""
     if approximate == "tanh":
-        return apply(Gelu, x)
+        return apply(Gelu, floating(x))
     if approximate != "none":
         raise ValueError(f"gelu: approximate={approximate!r} is not known; use 'tanh' or 'none'")
     return mul(mul(x, 0.5), add(erf(mul(x, math.sqrt(0.5))), 1))
@@ -159,4 +159,4 @@ def gelu(x: Any, approximate: str = "tanh") -> Tensor:
 
 def softplus(x: Any) -> Tensor:
     """ln(1 + eˣ), without overflow."""
-    return apply(Softplus, x)
+    return apply(Softplus, floating(x))

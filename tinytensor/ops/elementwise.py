@@ -62,7 +62,7 @@ class Div(Op):
 
 
 class Pow(Op):
-    """y = aᵇ;  ∂y/∂a = b·aᵇ⁻¹ (0 where b = 0),  ∂y/∂b = y·ln a (0 where y = 0)"""
+    """y = aᵇ;  ∂y/∂a = b·aᵇ⁻¹ (0 where b = 0),  ∂y/∂b = y·ln a (0 where a = 0 ≤ b)"""
 
     saves = {"a": "a b", "b": "y a"}
 
@@ -75,7 +75,10 @@ class Pow(Op):
                 return g * (b * a ** (b - 1)) if b != 0 else g * 0
             return g * b * a ** np.where(b == 0, 0, b - 1)
 
-        return da, lambda: g * y * np.log(np.where(y == 0, 1, a))
+        def db():
+            return g * y * np.log(np.where((a == 0) & (y <= 1), np.ones_like(y), a))
+
+        return da, db
 
 
 class Neg(Op):
@@ -269,6 +272,12 @@ class Cast(Op):
         return g
 
 
+def floating(x: Any) -> Any:
+    """x, with integers as float32: NumPy would compute functions of small integers in float16."""
+    dtype = getattr(x, "dtype", None)
+    return x if dtype is None or dtype.kind == "f" else cast(x, backend.default_dtype)
+
+
 def _binary(op: type[Op], a: Any, b: Any) -> Tensor:
     """Apply op, with a 0-d tensor taking the dtype of the array that it meets (as in PyTorch; NumPy would promote)."""
     if isinstance(a, Value) and isinstance(b, Value) and a.data.dtype is not b.data.dtype:
@@ -331,53 +340,55 @@ def abs(x: Any) -> Tensor:
 
 def exp(x: Any) -> Tensor:
     """eˣ"""
-    return apply(Exp, x)
+    return apply(Exp, floating(x))
 
 
 def expm1(x: Any) -> Tensor:
     """eˣ − 1, accurate near 0."""
-    return apply(Expm1, x)
+    return apply(Expm1, floating(x))
 
 
 def log(x: Any) -> Tensor:
     """Natural logarithm; −inf at 0, NaN below."""
-    return apply(Log, x)
+    return apply(Log, floating(x))
 
 
 def log1p(x: Any) -> Tensor:
     """ln(1 + x), accurate near 0."""
-    return apply(Log1p, x)
+    return apply(Log1p, floating(x))
 
 
 def sqrt(x: Any) -> Tensor:
     """√x; NaN below 0."""
-    return apply(Sqrt, x)
+    return apply(Sqrt, floating(x))
 
 
 def rsqrt(x: Any) -> Tensor:
     """1/√x"""
-    return apply(Rsqrt, x)
+    return apply(Rsqrt, floating(x))
 
 
 def sin(x: Any) -> Tensor:
     """sin x, x in radians."""
-    return apply(Sin, x)
+    return apply(Sin, floating(x))
 
 
 def cos(x: Any) -> Tensor:
     """cos x, x in radians."""
-    return apply(Cos, x)
+    return apply(Cos, floating(x))
 
 
 def tanh(x: Any) -> Tensor:
     """tanh x"""
-    return apply(Tanh, x)
+    return apply(Tanh, floating(x))
 
 
 def clip(x: Any, low: float | None = None, high: float | None = None) -> Tensor:
     """x limited to [low, high]; None leaves that side open."""
     if low is None and high is None:
         raise ValueError("clip: give low, high, or both")
+    if isinstance(low, Value) or isinstance(high, Value):
+        raise TypeError("clip: low and high are numbers; use maximum and minimum for tensors")
     return apply(Clip, x, low=low, high=high)
 
 

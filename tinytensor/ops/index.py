@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_index
 
 from tinytensor import backend
 from tinytensor.autograd import Op, Value, apply, as_value, call
@@ -42,12 +43,21 @@ class Setitem(Op):
     """y = x with y[index] = v;  ∂L/∂x = g with 0 at index,  ∂L/∂v = g[index]"""
 
     def forward(xp, x, v, index):
-        y = x.copy()
+        y = xp.array(x)  # an array also where x is a NumPy scalar
         y[index] = v
         return y
 
     def vjp(g, y, x, v, index):
-        return (lambda: call(Setitem, g, 0.0, index=index)), lambda: g[index]
+        def dv():
+            share = g[index]
+            if not _is_basic(index):  # where an index repeats, the last value is the one that stays
+                xp = backend.xp_of(as_value(g).data)
+                order, last = xp.arange(share.size).reshape(share.shape), xp.zeros(y.shape, np.int64)
+                last[index] = order
+                share = share * (last[index] == order)
+            return share.reshape((1,) * (v.ndim - share.ndim) + share.shape)  # NumPy lets v have more axes, of length 1
+
+        return (lambda: call(Setitem, g, 0.0, index=index)), dv
 
 
 class Written(Op):
@@ -112,22 +122,23 @@ def written(x: Any) -> Tensor:
 def gather(x: Any, axis: int, indices: Any) -> Tensor:
     """Elements of x picked along an axis by an integer array of x's other dimensions (torch.gather)."""
     x, ids = as_value(x), _ids("gather", indices)
-    _check_ids("gather", ids, x.data.shape[axis])
-    return apply(Gather, x, axis=axis % x.data.ndim, indices=ids)
+    return apply(Gather, x, axis=_check_places("gather", ids, x.data.shape, axis), indices=ids)
 
 
 def scatter_add(x: Any, axis: int, indices: Any, values: Any) -> Tensor:
     """x with `values` added along an axis where `indices` says, repeated indices adding up (torch.scatter_add)."""
     x, ids, values = as_value(x), _ids("scatter_add", indices), as_value(values)
-    _check_ids("scatter_add", ids, x.data.shape[axis])
+    axis = _check_places("scatter_add", ids, x.data.shape, axis)
     if ids.shape != values.data.shape:
         raise ValueError(f"scatter_add: indices have shape {ids.shape} but values have shape {values.data.shape}")
-    return apply(ScatterAdd, x, values, axis=axis % x.data.ndim, indices=ids)
+    return apply(ScatterAdd, x, values, axis=axis, indices=ids)
 
 
 def embedding(weight: Any, ids: Any) -> Tensor:
     """Rows of a (V, C) table by integer ids of any shape; ids outside 0 … V−1 are refused."""
     weight, ids = as_value(weight), _ids("embedding", ids)
+    if weight.data.ndim == 0:
+        raise ValueError("embedding: the table needs an axis of rows, got a 0-d array")
     _check_ids("embedding", ids, weight.data.shape[0])
     return apply(Embedding, weight, ids=ids)
 
@@ -158,6 +169,15 @@ def _ids(op: str, ids: Any) -> Any:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{op}: indices must be integers, got {array.dtype}")
     return array
+
+
+def _check_places(op: str, ids: Any, shape: tuple[int, ...], axis: int) -> int:
+    """The axis, counted from the front, along which `ids` picks from an array of `shape`; both agree in all others."""
+    axis = normalize_axis_index(axis, len(shape), op)
+    if ids.ndim != len(shape) or any(n != m for i, (n, m) in enumerate(zip(ids.shape, shape, strict=True)) if i != axis):
+        raise ValueError(f"{op}: indices of shape {ids.shape} do not fit shape {shape} in all axes but {axis}")
+    _check_ids(op, ids, shape[axis])
+    return axis
 
 
 def _check_ids(op: str, ids: Any, size: int) -> None:

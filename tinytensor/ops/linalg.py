@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinytensor import backend
 from tinytensor.autograd import Op, apply, as_value
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class Linear(Op):
 
     def vjp(g, y, x, w, b=None):
         def dw():
-            return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            n = math.prod(x.shape[:-1])
+            return g.reshape(n, w.shape[0]).T @ x.reshape(n, w.shape[1])
 
         grads = (lambda: g @ w), dw
         return grads if b is None else (*grads, g)
@@ -60,12 +63,12 @@ class Einsum(Op):
         def gradient(i):
             others = [t for j, t in enumerate(terms) if j != i]
             given = set(out).union(*others)
-            sizes = dict(zip(terms[i], operands[i].shape, strict=True))
             kept = "".join(c for c in terms[i] if c in given)
             rule = ",".join([out, *others]) + "->" + kept
             share = np.einsum(rule, g, *(x for j, x in enumerate(operands) if j != i))
-            share = share.reshape(tuple(sizes[c] if c in given else 1 for c in terms[i]))
-            return np.broadcast_to(share, operands[i].shape)
+            lengths = iter(share.shape)
+            share = share.reshape(tuple(next(lengths) if c in given else 1 for c in terms[i]))
+            return np.broadcast_to(share, np.broadcast_shapes(share.shape, operands[i].shape))
 
         return tuple((lambda i=i: gradient(i)) for i in range(len(operands)))
 
@@ -100,24 +103,33 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Tensor:
             f"linear: input shape {x.data.shape} does not fit weight shape {weight.data.shape} (out, in); "
             "the input's last axis must have length in"
         )
-    return apply(Linear, x, weight) if bias is None else apply(Linear, x, weight, bias)
+    if bias is None:
+        return apply(Linear, x, weight)
+    bias = as_value(bias)
+    if bias.data.shape != weight.data.shape[:1]:
+        raise ValueError(f"linear: bias shape {bias.data.shape} does not fit weight shape {weight.data.shape} (out, in)")
+    return apply(Linear, x, weight, bias)
 
 
 def einsum(subscripts: str, *operands: Any) -> Tensor:
     """Einstein summation in NumPy's notation: "ij,jk->ik", repeated indices ("ii"), ellipses, implicit output."""
     tensors = [as_value(x) for x in operands]
     terms, out = _explicit(subscripts, [x.data.ndim for x in tensors])
-    letters = iter(sorted(set(string.ascii_letters) - set("".join(terms) + out)))
-    extra_terms, extra = [], []
     for i, term in enumerate(terms):
-        for place, c in enumerate(term):
-            if c in terms[i][:place]:  # "ii" is "ij" times the identity: no operand then repeats an index
-                fresh = next(letters)
-                terms[i] = terms[i][:place] + fresh + terms[i][place + 1 :]
-                extra_terms.append(c + fresh)
-                x = tensors[i].data
-                extra.append(np.eye(x.shape[place], dtype=x.dtype, like=x))
-    return apply(Einsum, *tensors, *extra, subscripts=",".join(terms + extra_terms) + "->" + out)
+        for c in dict.fromkeys(c for c in term if term.count(c) > 1):
+            tensors[i], terms[i] = _diagonal(tensors[i], terms[i], c)
+    return apply(Einsum, *tensors, subscripts=",".join(terms) + "->" + out)
+
+
+def _diagonal(x: Any, term: str, c: str) -> tuple[Any, str]:
+    """x with the axes that share index c taken along their diagonal, which comes first: no operand repeats an index then."""
+    same = [i for i, letter in enumerate(term) if letter == c]
+    rest = [i for i in range(len(term)) if i not in same]
+    lengths = {x.shape[i] for i in same}
+    if len(lengths) > 1:
+        raise ValueError(f"einsum: index {c!r} of an operand of shape {x.shape} has the lengths {sorted(lengths)}")
+    steps = backend.xp_of(x.data).arange(lengths.pop())
+    return x.transpose(*same, *rest)[(steps,) * len(same)], c + "".join(term[i] for i in rest)
 
 
 def _explicit(subscripts: str, ndims: list[int]) -> tuple[list[str], str]:

@@ -23,7 +23,7 @@ class LayerNorm(Op):
     With h = g·γ:  ∂L/∂x = (h − mean h − x̂·mean(h·x̂))/σ,  ∂L/∂γ = Σ g·x̂,  ∂L/∂β = Σ g
     """
 
-    saves = {"x": "x weight", "weight": "x"}
+    saves = "x weight"
 
     def forward(xp, x, weight, bias=None, *, eps):
         centred = x - x.mean(axis=-1, keepdims=True)
@@ -96,7 +96,7 @@ class CrossEntropy(Op):
         logp = logits - logits.max(axis=-1, keepdims=True)
         logp = logp - xp.log(xp.exp(logp).sum(axis=-1, keepdims=True))
         t, n = _smoothed_targets(logits, targets, ignore_index, label_smoothing)
-        return -(logp * t).sum() / n
+        return -(xp.where(t == 0, 0, logp) * t).sum() / n  # a logit of −inf costs nothing where it is no target
 
     def vjp(g, y, logits, targets, ignore_index, label_smoothing):
         e = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -124,17 +124,16 @@ def _keep(xp, key, shape, p, dtype):
 
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
     """Rows of the last axis brought to mean 0 and variance 1, then scaled by weight (C,) and shifted by bias (C,)."""
-    x, weight = as_value(x), as_value(weight)
-    if x.data.ndim == 0 or weight.data.shape != x.data.shape[-1:]:
-        raise ValueError(f"layer_norm: weight of shape {weight.data.shape} does not fit the last axis of {x.data.shape}")
-    return apply(LayerNorm, x, weight, eps=eps) if bias is None else apply(LayerNorm, x, weight, bias, eps=eps)
+    x = el.floating(as_value(x))
+    scales = [as_value(s) for s in (weight, bias) if s is not None]
+    _check_scales("layer_norm", x, *scales)
+    return apply(LayerNorm, x, *scales, eps=eps)
 
 
 def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Tensor:
     """x/√(mean x² + ε)·weight over the last axis (Zhang & Sennrich 2019)."""
-    x, weight = as_value(x), as_value(weight)
-    if x.data.ndim == 0 or weight.data.shape != x.data.shape[-1:]:
-        raise ValueError(f"rms_norm: weight of shape {weight.data.shape} does not fit the last axis of {x.data.shape}")
+    x, weight = el.floating(as_value(x)), as_value(weight)
+    _check_scales("rms_norm", x, weight)
     return el.mul(el.mul(x, el.rsqrt(el.add(reduce.mean(el.mul(x, x), -1, keepdims=True), eps))), weight)
 
 
@@ -144,7 +143,7 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, key: random.Key | Non
     The mask is a function of `key` (the scope's next one by default). p is rounded to a multiple of 2⁻¹⁶.
     """
     _check_probability("dropout", p)
-    x = as_value(x)
+    x = el.floating(as_value(x))
     if not training or p == 0:
         return x
     return apply(Dropout, x, p=p, key=key or random.next_key("dropout"))
@@ -175,7 +174,7 @@ def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, label_smo
     Rows whose target is ignore_index are left out (NaN when none is left). label_smoothing ε mixes the target with the
     uniform distribution: (1−ε)·target + ε/V.
     """
-    logits, ids = as_value(logits), _ids("cross_entropy", targets)
+    logits, ids = el.floating(as_value(logits)), _ids("cross_entropy", targets)
     if logits.data.ndim == 0 or logits.data.shape[:-1] != ids.shape:
         raise ValueError(
             f"cross_entropy: logits of shape {logits.data.shape} need targets of shape {logits.data.shape[:-1]}, "
@@ -191,11 +190,17 @@ def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, label_smo
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:
     """Mean of (prediction − target)², over all elements."""
-    prediction, target = as_value(prediction), as_value(target)
+    prediction, target = el.floating(as_value(prediction)), el.floating(as_value(target))
     if prediction.data.shape != target.data.shape:
         raise ValueError(f"mse_loss: shapes {prediction.data.shape} and {target.data.shape} differ")
     difference = el.sub(prediction, target)
     return reduce.mean(el.mul(difference, difference))
+
+
+def _check_scales(op: str, x: Any, *scales: Any) -> None:
+    for name, scale in zip(("weight", "bias"), scales, strict=False):
+        if x.data.ndim == 0 or scale.data.shape != x.data.shape[-1:]:
+            raise ValueError(f"{op}: {name} of shape {scale.data.shape} does not fit the last axis of {x.data.shape}")
 
 
 def _check_probability(op: str, p: float) -> None:

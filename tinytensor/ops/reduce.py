@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
-from tinytensor.autograd import Op, Value, apply, as_value
+from tinytensor.autograd import Op, apply, as_value
 from tinytensor.ops import elementwise as el
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ Axis = int | tuple[int, ...] | None
 
 def kept_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     """`shape` with the reduced axes kept as 1, so that a reduced array broadcasts against the original."""
-    axes = range(len(shape)) if axis is None else [a % len(shape) for a in ((axis,) if isinstance(axis, int) else axis)]
-    return tuple(1 if i in axes else n for i, n in enumerate(shape))
+    axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    reduced = {a % len(shape) for a in axes} if shape else ()  # a 0-d array has an axis 0, as in NumPy
+    return tuple(1 if i in reduced else n for i, n in enumerate(shape))
 
 
 def count(shape: tuple[int, ...], axis: Axis) -> int:
@@ -49,6 +51,27 @@ class Max(Op):
         kept = kept_shape(x.shape, axis)
         hit = (x == y.reshape(kept)).astype(g.dtype)
         return g.reshape(kept) * (hit / hit.sum(axis=axis, keepdims=True))
+
+
+class Min(Max):
+    """y = min x;  equal minima share the gradient evenly"""
+
+    def forward(xp, x, axis, keepdims):
+        return x.min(axis=axis, keepdims=keepdims)
+
+
+class Argmax(Op):
+    """y = the index of the first maximum;  no derivative"""
+
+    def forward(xp, x, axis, keepdims):
+        return x.argmax(axis=axis, keepdims=keepdims)
+
+
+class Argmin(Op):
+    """y = the index of the first minimum;  no derivative"""
+
+    def forward(xp, x, axis, keepdims):
+        return x.argmin(axis=axis, keepdims=keepdims)
 
 
 class Logsumexp(Op):
@@ -111,15 +134,15 @@ def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
 def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Σ/n over the given axes; NaN when n = 0."""
     x = as_value(x)
-    n = count(x.data.shape, axis)
-    return el.mul(sum(x, axis, keepdims), 1 / n if n else math.nan)
+    total, n = sum(x, axis, keepdims), count(x.data.shape, axis)
+    return el.mul(total, 1 / n if n else math.nan)
 
 
 def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
     """Σ(x − mean)²/(n − ddof), from centred values. ddof=0 as in NumPy; PyTorch's default is 1."""
     x = as_value(x)
-    n = count(x.data.shape, axis) - ddof
     centred = el.sub(x, mean(x, axis, keepdims=True))
+    n = count(x.data.shape, axis) - ddof
     return el.mul(sum(el.mul(centred, centred), axis, keepdims), 1 / n if n > 0 else math.nan)
 
 
@@ -135,40 +158,39 @@ def max(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 def min(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Smallest value along the axes; equal minima share the gradient evenly (as torch.amin)."""
-    return el.neg(max(el.neg(x), axis, keepdims))
+    return apply(Min, as_value(x), axis=axis, keepdims=keepdims)
 
 
-def prod(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
-    """Π along one axis (all when None), as a balanced tree of products: its derivatives hold where factors are 0."""
+def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
+    """Π over the given axes (all when None), as a balanced tree of products: its derivatives hold where factors are 0."""
     x = as_value(x)
-    shape = x.data.shape
-    kept = kept_shape(shape, axis)
-    y = x.reshape(-1) if axis is None else x.swapaxes(axis, -1)
-    if y.shape[-1] == 0:
-        y = np.ones((*y.shape[:-1], 1), y.dtype)
-    while (n := y.shape[-1]) > 1:
-        pairs = y[..., : n - n % 2 : 2] * y[..., 1::2]
-        y = pairs if n % 2 == 0 else np.concatenate([pairs, y[..., -1:]], axis=-1)
-    y = as_value(y)
-    if not keepdims:
-        kept = tuple(n for i, n in enumerate(shape) if axis is not None and i != axis % len(shape))
-    y = y.reshape(kept) if axis is None else y.swapaxes(axis, -1).reshape(kept)
-    return y
+    if x.data.dtype.kind in "biu":
+        x = el.cast(x, np.int64)
+    axes = range(x.ndim) if axis is None or x.ndim == 0 else normalize_axis_tuple(axis, x.ndim, "prod")
+    rest = [i for i in range(x.ndim) if i not in axes]
+    n = count(x.data.shape, axis)
+    if n == 0:
+        return sum(x, axis, keepdims) + 1
+    y = x.transpose(*rest, *axes).reshape(-1, n)
+    while (n := y.shape[1]) > 1:
+        pairs = y[:, : n - n % 2 : 2] * y[:, 1::2]
+        y = pairs if n % 2 == 0 else np.concatenate([pairs, y[:, -1:]], axis=1)
+    return y.reshape(kept_shape(x.data.shape, axis) if keepdims else tuple(x.data.shape[i] for i in rest))
 
 
 def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """ln Σ eˣ, without overflow."""
-    return apply(Logsumexp, as_value(x), axis=axis, keepdims=keepdims)
+    return apply(Logsumexp, el.floating(as_value(x)), axis=axis, keepdims=keepdims)
 
 
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """eˣ/Σeˣ along one axis; each slice sums to 1."""
-    return apply(Softmax, as_value(x), axis=axis)
+    return apply(Softmax, el.floating(as_value(x)), axis=axis)
 
 
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """ln softmax, accurate where the softmax is tiny."""
-    return apply(LogSoftmax, as_value(x), axis=axis)
+    return apply(LogSoftmax, el.floating(as_value(x)), axis=axis)
 
 
 def cumsum(x: Any, axis: int = -1) -> Tensor:
@@ -178,9 +200,9 @@ def cumsum(x: Any, axis: int = -1) -> Tensor:
 
 def argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
     """Index of the first largest value (int64, no gradient)."""
-    return Value.result_type(np.asarray(as_value(x).data.argmax(axis=axis, keepdims=keepdims)))
+    return apply(Argmax, as_value(x), axis=axis, keepdims=keepdims)
 
 
 def argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
     """Index of the first smallest value (int64, no gradient)."""
-    return argmax(el.neg(x), axis, keepdims)
+    return apply(Argmin, as_value(x), axis=axis, keepdims=keepdims)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from tinytensor.autograd import Op, apply, as_value
 
@@ -132,7 +133,11 @@ def squeeze(x: Any, axis: int | tuple[int, ...] | None = None) -> Tensor:
 def unsqueeze(x: Any, axis: int | tuple[int, ...]) -> Tensor:
     """With new size-1 axes at these places of the result (NumPy's expand_dims)."""
     x = as_value(x)
-    return apply(Reshape, x, shape=np.expand_dims(np.empty(x.data.shape, np.bool_), axis).shape)
+    places = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    places = normalize_axis_tuple(places, x.data.ndim + len(places), "unsqueeze")
+    sizes = iter(x.data.shape)
+    shape = tuple(1 if i in places else next(sizes) for i in range(x.data.ndim + len(places)))
+    return apply(Reshape, x, shape=shape)
 
 
 def broadcast_to(x: Any, *shape: Any) -> Tensor:
@@ -148,9 +153,11 @@ def expand(x: Any, *shape: Any) -> Tensor:
     return broadcast_to(x, tuple(o if s == -1 else s for s, o in zip(sizes, own, strict=False)))
 
 
-def concat(inputs: Any, axis: int = 0) -> Tensor:
-    """Tensors joined along an existing axis."""
+def concat(inputs: Any, axis: int | None = 0) -> Tensor:
+    """Tensors joined along an existing axis; flattened first when it is None (as NumPy)."""
     inputs = [as_value(x) for x in inputs]
+    if axis is None:
+        inputs, axis = [x.reshape(-1) for x in inputs], 0
     if not inputs:
         raise ValueError("concat: needs at least one tensor")
     return apply(Concat, *inputs, axis=axis)
@@ -168,8 +175,9 @@ def stack(inputs: Any, axis: int = 0) -> Tensor:
 def split(x: Any, sections: int | list[int] | tuple[int, ...], axis: int = 0) -> list[Tensor]:
     """Views along an axis: of `sections` elements each (the last may be shorter), or of the listed sizes (as PyTorch)."""
     x = as_value(x)
+    axis = normalize_axis_index(axis, x.data.ndim, "split")
     n = x.data.shape[axis]
-    if isinstance(sections, int):
+    if isinstance(sections, int | np.integer):
         if sections < 1:
             raise ValueError(f"split: the size of a part must be at least 1, got {sections}")
         sizes = [min(sections, n - start) for start in range(0, n, sections)] or [0]
@@ -179,8 +187,7 @@ def split(x: Any, sections: int | list[int] | tuple[int, ...], axis: int = 0) ->
             raise ValueError(f"split: sizes {sizes} do not add up to {n}, the length of axis {axis}")
     parts, start = [], 0
     for size in sizes:
-        index = (slice(None),) * (axis % x.data.ndim) + (slice(start, start + size),)
-        parts.append(x[index])
+        parts.append(x[(slice(None),) * axis + (slice(start, start + size),)])
         start += size
     return parts
 
@@ -190,13 +197,17 @@ def chunk(x: Any, chunks: int, axis: int = 0) -> list[Tensor]:
     if chunks < 1:
         raise ValueError(f"chunk: the number of chunks must be at least 1, got {chunks}")
     x = as_value(x)
-    return split(x, max(1, -(-x.data.shape[axis] // chunks)), axis)
+    n = x.data.shape[normalize_axis_index(axis, x.data.ndim, "chunk")]
+    return split(x, max(1, -(-n // chunks)), axis)
 
 
 def pad(x: Any, width: Any, value: float = 0.0) -> Tensor:
     """x with `value` around it; width as in numpy.pad: one number, (before, after), or one pair for each axis."""
     x = as_value(x)
-    pairs = np.broadcast_to(np.asarray(width), (x.data.ndim, 2)).tolist()
+    try:
+        pairs = np.broadcast_to(np.asarray(width), (x.data.ndim, 2)).tolist()
+    except ValueError:
+        raise ValueError(f"pad: width {width} is not one pair (before, after) for each axis of shape {x.data.shape}") from None
     if any(w < 0 for pair in pairs for w in pair):
         raise ValueError(f"pad: widths must not be negative, got {width}")
     return apply(Pad, x, width=tuple(map(tuple, pairs)), value=value)
