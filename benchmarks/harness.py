@@ -1,0 +1,134 @@
+"""Peers in turn: each in a process of its own, woken for one measurement at a time, A B C A B C …
+
+A peer is a function that builds something and returns a callable that does one piece of work. Its process builds it, says so,
+and then does one piece for every line it reads, answering with the seconds it took. While one works the others sleep on their
+standard input, so thread pools, allocators and caches do not meddle, and a slow minute of the machine falls on all alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Peer:
+    """One contender: `benchmarks.MODULE:FUNCTION` called with `arguments`."""
+
+    name: str
+    target: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """A peer's times in seconds, in the order of the rounds, its peak memory in bytes, or why there is none."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+    failed: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def compare(peers: list[Peer], rounds: int, warmup: int = 2, progress: Callable[[str], None] = lambda _: None) -> list[Result]:
+    """Measure all peers in turn, `rounds` times after `warmup` uncounted ones. A peer that cannot run says why."""
+    results, alive = [Result(p.name) for p in peers], []
+    processes = []
+    try:
+        for peer, result in zip(peers, results, strict=True):
+            progress(f"starting {peer.name}")
+            process = _start(peer)
+            processes.append(process)
+            answer = _ask(process, None)
+            if "error" in answer:
+                result.failed = answer["error"]
+            else:
+                alive.append((process, result))
+        for turn in range(warmup + rounds):
+            progress(f"round {turn + 1 - warmup} of {rounds}" if turn >= warmup else "warming up")
+            for process, result in [pair for pair in alive if not pair[1].failed]:
+                answer = _ask(process, "go")
+                if "error" in answer:
+                    result.failed = answer["error"]
+                elif turn >= warmup:
+                    result.seconds.append(answer["seconds"])
+                    result.peak_memory = answer["peak_memory"]
+    finally:
+        for process in processes:
+            if process.stdin:
+                process.stdin.close()
+            process.wait()
+    return results
+
+
+def ratios(ours: Result, theirs: Result) -> list[float]:
+    """How many times faster ours was, round by round."""
+    return [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+
+
+def _start(peer: Peer) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **peer.environment}
+    command = [sys.executable, "-m", "benchmarks.harness", peer.target, json.dumps(peer.arguments)]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT
+    )
+
+
+def _ask(process: subprocess.Popen[str], line: str | None) -> dict[str, Any]:
+    assert process.stdin and process.stdout
+    try:
+        if line is not None:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        answer = process.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    return json.loads(answer) if answer else {"error": f"its process ended with status {process.wait()}"}
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _work() -> None:
+    """The life of a peer's process."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    module, function = sys.argv[1].split(":")
+
+    def say(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    try:
+        piece = getattr(importlib.import_module(f"benchmarks.{module}"), function)(**json.loads(sys.argv[2]))
+        say(ready=True)
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            own = piece()  # a piece that times itself returns seconds
+            seconds = time.perf_counter() - start if own is None else own
+            say(seconds=seconds, peak_memory=peak_memory())
+    except Exception as error:
+        say(error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+if __name__ == "__main__":
+    _work()

@@ -1,0 +1,227 @@
+"""Which contenders meet over which work, and the tables that come of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.fused import SHAPES
+from benchmarks.harness import ROOT, Peer, Result, compare, ratios
+from minigpt.config import PRESETS
+from minigpt.run import blas
+
+MODELS = {name: vars(PRESETS[name].model(65)) for name in ("nanogpt-cpu", "shakespeare")}
+CHOSEN = {"OPENBLAS_CORETYPE": ""}  # an empty value lets OpenBLAS choose, as if the variable were not there
+
+
+class Report:
+    """Collects tables for the terminal, a JSON file and a Markdown document."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.tables: list[dict[str, Any]] = []
+
+    def progress(self, text: str) -> None:
+        self.console.print(f"[dim]{text}[/dim]", end="\r", soft_wrap=True)
+
+    def add(self, title: str, columns: list[str], rows: list[list[str]], data: Any) -> None:
+        self.tables.append({"title": title, "columns": columns, "rows": rows, "data": data})
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def write(self, command: str, json_path: Path | None, markdown_path: Path | None) -> None:
+        facts = machine()
+        if json_path:
+            json_path.write_text(json.dumps({"command": command, "machine": facts, "tables": self.tables}, indent=1) + "\n")
+        if markdown_path:
+            text = f"`{command}` on {time.strftime('%Y-%m-%d')}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items())
+            for t in self.tables:
+                lines = [t["columns"], ["---"] * len(t["columns"]), *t["rows"]]
+                text += f"\n### {t['title']}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in lines)
+            markdown_path.write_text(text)
+
+
+def machine() -> dict[str, str]:
+    """What the numbers depend on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+    )
+    versions = []
+    for package in ("numpy", "torch", "jax", "mygrad", "autograd"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return {
+        "CPU": f"{cpu}, {len(os.sched_getaffinity(0))} cores",
+        "BLAS of NumPy": blas(),
+        "versions": f"Python {platform.python_version()}, " + ", ".join(versions),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _ratio_cell(result: Result, ours: Result) -> str:
+    r = ratios(ours, result)
+    return f"{statistics.median(r):.2f}× ({min(r):.2f} to {max(r):.2f})"
+
+
+def step(report: Report, rounds: int, compiled: bool, bf16: bool) -> None:
+    """A training step of three sizes."""
+    for preset, rows, count in (
+        ("nanogpt-cpu", 12, rounds * 5),
+        ("shakespeare", 8, rounds),
+        ("shakespeare", 64, max(3, rounds // 4)),
+    ):
+        model = MODELS[preset]
+        work = {"model": model, "rows": rows}
+        forced = "OPENBLAS_CORETYPE" in os.environ
+        peers = [Peer("tinytensor", "ours:step", work, CHOSEN if forced else {})]
+        if forced:
+            peers.append(Peer("tinytensor, BLAS kernels as forced", "ours:step", work))
+        peers.append(Peer("torch eager", "theirs:torch_step", work))
+        if compiled:
+            peers.append(Peer("torch.compile", "theirs:torch_step", {**work, "compiled": True}))
+        if bf16:
+            peers.append(Peer("torch eager, bf16 autocast", "theirs:torch_step", {**work, "bf16": True}))
+        if _installed("jax"):
+            peers.append(Peer("JAX jit", "theirs:jax_step", work))
+        peers.append(Peer("GEMM peak", "ours:gemm_peak", work, CHOSEN if forced else {}))
+        *results, peak = compare(peers, count, progress=report.progress)
+        gflop = PRESETS[preset].model(65).flops_per_token() * rows * model["block_size"] / 1e9
+        peak_rate = 1 / min(peak.seconds)
+        rows_out, ours = [], results[0]
+        for r in results:
+            if r.failed:
+                rows_out.append([r.name, r.failed, "", "", "", "", ""])
+                continue
+            rows_out.append(
+                [
+                    r.name,
+                    f"{r.median * 1e3:.1f} ({min(r.seconds) * 1e3:.1f} to {max(r.seconds) * 1e3:.1f})",
+                    f"{rows * model['block_size'] / r.median:,.0f}",
+                    f"{gflop / r.median:.0f}",
+                    f"{gflop / r.median / peak_rate:.0%}",
+                    f"{r.peak_memory / 1e6:,.0f}",
+                    "" if r is ours else _ratio_cell(r, ours),
+                ]
+            )
+        size = f"{rows} × {model['block_size']} tokens, dropout {model['dropout']}"
+        report.add(
+            f"step: {preset}, {size}; GEMM peak {peak_rate:.0f} GFLOP/s",
+            ["", "ms (min to max)", "tokens/s", "GFLOP/s", "of peak", "peak MB", "tinytensor is faster by"],
+            rows_out,
+            {r.name: r.seconds for r in [*results, peak]},
+        )
+
+
+def ops(report: Report, rounds: int) -> None:
+    """Overhead of small ops, and the fused ops at training shapes."""
+    peers = [Peer("tinytensor", "ours:small_ops"), Peer("torch", "theirs:torch_small_ops")]
+    peers += [
+        Peer(n, f"theirs:{m}_small_ops") for n, m in (("MyGrad", "mygrad"), ("HIPS autograd", "autograd")) if _installed(m)
+    ]
+    results = compare(peers, rounds, progress=report.progress)
+    rows = [
+        [r.name, r.failed or f"{r.median * 1e6:.2f}", "" if r is results[0] or r.failed else _ratio_cell(r, results[0])]
+        for r in results
+    ]
+    title = "ops: one op on four elements, forward and backward"
+    report.add(title, ["", "µs", "tinytensor is faster by"], rows, {r.name: r.seconds for r in results})
+    rows, data = [], {}
+    for op, shape in SHAPES.items():
+        a, b = compare(
+            [Peer("tinytensor", "fused:ours", {"op": op}), Peer("torch", "fused:torch", {"op": op})],
+            rounds,
+            progress=report.progress,
+        )
+        cells = [a.failed or f"{a.median * 1e3:.2f}", b.failed or f"{b.median * 1e3:.2f}"]
+        rows.append([op, " × ".join(map(str, shape)), *cells, "" if a.failed or b.failed else _ratio_cell(b, a)])
+        data[op] = {"tinytensor": a.seconds, "torch": b.seconds}
+    columns = ["op, forward and backward", "shape", "tinytensor ms", "torch ms", "tinytensor is faster by"]
+    report.add("ops: fused ops at training shapes, all cores", columns, rows, data)
+
+
+def generate(report: Report, rounds: int) -> None:
+    """200 tokens from the `shakespeare` model, one sequence."""
+    work = {"model": {**MODELS["shakespeare"]}, "tokens": 200}
+    peers = [
+        Peer("tinytensor", "ours:write", work),
+        Peer("torch, KV cache", "theirs:torch_write", {**work, "cached": True}),
+        Peer("torch, recomputing", "theirs:torch_write", {**work, "cached": False}),
+    ]
+    results = compare(peers, rounds, warmup=1, progress=report.progress)
+    rows = [
+        [r.name, r.failed or f"{200 / r.median:.0f}", "" if r is results[0] or r.failed else _ratio_cell(r, results[0])]
+        for r in results
+    ]
+    report.add(
+        "generate: 200 tokens, batch 1, 6/6/384",
+        ["", "tokens/s", "tinytensor is faster by"],
+        rows,
+        {r.name: r.seconds for r in results},
+    )
+
+
+def quick(report: Report, rounds: int) -> None:
+    """The README's run, whole process, on the text in data/ (fetched before the clock starts)."""
+    from minigpt.corpus import load_corpus
+
+    corpus = load_corpus("tiny", ROOT / "data")
+    rows, seconds = [], []
+    for _ in range(min(rounds, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable,
+                str(ROOT / "scripts/train.py"),
+                "quick",
+                "--data",
+                str(corpus.path),
+                "--out-dir",
+                f"{folder}/quick",
+            ]
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - start)
+            last = json.loads(Path(folder, "quick", "metrics.jsonl").read_text().splitlines()[-1])
+            rows.append([f"{seconds[-1]:.1f}", f"{last['val_loss']:.4f}", f"{last['tokens']:,}"])
+    report.add(f"quick: whole process, {corpus.source}", ["seconds", "validation loss", "tokens"], rows, seconds)
+
+
+def imports(report: Report, rounds: int) -> None:
+    """What `import tinytensor` costs beyond `import numpy`."""
+    seconds: dict[str, list[float]] = {"import numpy": [], "import numpy, tinytensor": []}
+    for _ in range(rounds * 2):
+        for line, times in seconds.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", line], check=True, cwd=ROOT)
+            times.append(time.perf_counter() - start)
+    extra = statistics.median(b - a for a, b in zip(*seconds.values(), strict=True))
+    rows = [[line, f"{statistics.median(t) * 1e3:.0f}"] for line, t in seconds.items()] + [["difference", f"{extra * 1e3:.0f}"]]
+    report.add("import", ["", "ms, whole process"], rows, seconds)
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
