@@ -79,7 +79,8 @@ class Tracker:
         self._last_seconds, self._last_tokens = seconds, tokens
         numbers = f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, numbers=numbers)
-        if not self._estimated and sum(self._durations) > 2 and len(self._durations) >= 3:
+        measured = sum(self._durations)
+        if not self._estimated and (measured > 20 or (measured > 2 and len(self._durations) >= 3)):
             self._estimate(step)
 
     def _estimate(self, step: int) -> None:

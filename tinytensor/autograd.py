@@ -24,7 +24,8 @@ import numpy as np
 from tinytensor import backend, writes
 from tinytensor.backend import Array, Into
 
-_FLOAT64 = np.dtype(np.float64)
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_kernels = backend.kernels
 _SCALARS = (float, int, bool)
 
 
@@ -70,11 +71,11 @@ class Op:
     saves: ClassVar[str | dict[str, str]] = ""
     forward: ClassVar[Callable[..., Array]]
     vjp: ClassVar[Callable[..., Any]]
-    _unsaved: ClassVar[dict[tuple[str, int, int], tuple[int, ...]]]
+    unsaved_by_formula: ClassVar[dict[tuple[int, int], tuple[int, ...]]]
 
     def __init_subclass__(cls) -> None:
         cls.name = "".join("_" + c.lower() if c.isupper() else c for c in cls.__name__)[1:]
-        cls._unsaved = {}
+        cls.unsaved_by_formula = {}
 
     @classmethod
     def unsaved(cls, count: int, wanted: int, kernel: backend.Kernel | None) -> tuple[int, ...]:
@@ -149,13 +150,16 @@ class Node:
         if type(gradients) is not tuple:
             gradients = (gradients,)
         pairs = []
-        for place, (edge, share) in enumerate(zip(self.edges, gradients, strict=True), 1):
+        place = 0
+        for edge, share in zip(self.edges, gradients, strict=True):
+            place += 1
             if edge is None:
                 continue
-            if type(share) is Into:
+            kind = type(share)
+            if kind is Into:
                 pairs.append((edge, share))
                 continue
-            if callable(share):
+            if kind is not np.ndarray and callable(share):
                 share = share()
             if share is None:
                 continue
@@ -165,7 +169,7 @@ class Node:
                     share = unbroadcast(share, value.shape)
                 except ValueError as error:
                     raise ValueError(f"vjp of {self.op.name} at {self.origin}: {error}") from None
-            if share.dtype != value.dtype:
+            if share.dtype is not value.dtype and share.dtype != value.dtype:  # identity settles almost all
                 share = share.astype(value.dtype)
             pairs.append((edge, share))
         return pairs
@@ -252,7 +256,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             edges.append(None)
         bit += bit
     device = "cpu" if "cupy" not in sys.modules else _common_device(op, arrays)
-    kernel = backend.kernels[device].get(op.name)
+    kernel = _kernels[device].get(op.name)
     residual = None
     try:
         if kernel is not None:
@@ -269,20 +273,18 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
         y = np.asarray(y)
     if y.dtype is _FLOAT64 and "dtype" not in params and not any(getattr(a, "dtype", None) is _FLOAT64 for a in arrays):
         y = y.astype(backend.default_dtype)
-    if not wanted or y.dtype.kind != "f":
+    if not wanted or (y.dtype is not _FLOAT32 and y.dtype.kind != "f"):
         return Value.result_type(y)
 
     values = [y, *arrays]
-    key = (device if kernel is not None else "", len(arrays), wanted)
-    unsaved = op._unsaved.get(key)
+    cache = op.unsaved_by_formula if kernel is None else kernel.unsaved
+    unsaved = cache.get((bit, wanted))  # bit says how many inputs there are
     if unsaved is None:
-        unsaved = op._unsaved[key] = op.unsaved(len(arrays), wanted, kernel)
+        unsaved = cache[bit, wanted] = op.unsaved(len(arrays), wanted, kernel)
     for i in unsaved:
         if type(values[i]) not in _SCALARS:
             values[i] = Spec(values[i])
-    if kernel is None:
-        return Value.result_type(y, Node(op, params, edges, values, None))
-    vjp = kernel.vjp if residual is None else _Residual(kernel.vjp, residual)
+    vjp = None if kernel is None else kernel.vjp if residual is None else _Residual(kernel.vjp, residual)
     return Value.result_type(y, Node(op, params, edges, values, vjp))
 
 

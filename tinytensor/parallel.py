@@ -11,7 +11,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -39,7 +38,7 @@ def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> 
     """[f(x) for x in items], several at a time; each call sees the caller's grad mode. The first exception is raised."""
     todo = list(items)
     threads = min(threads or cpu_threads(), len(todo))
-    if threads <= 1 or getattr(_worker, "busy", False):  # a map within a map has no cores left to use
+    if len(todo) <= 1 or getattr(_worker, "busy", False):  # a map within a map has no cores left to use
         return [f(x) for x in todo]
     results: list[Any] = [None] * len(todo)
     queue = iter(range(len(todo)))
@@ -141,12 +140,14 @@ class _Tree:
 
 
 _worker = threading.local()
-_executor: ThreadPoolExecutor | None = None
+_executor: Any = None
 _executor_threads = 0
 _executor_lock = threading.Lock()
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int) -> Any:
+    from concurrent.futures import ThreadPoolExecutor  # 8 ms that importing the library need not cost
+
     global _executor, _executor_threads
     with _executor_lock:
         if _executor is None or _executor_threads < threads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -118,7 +118,7 @@ class Into:
         self.add = add
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Kernel:
     """A fast override of one op on one device.
 
@@ -130,6 +130,7 @@ class Kernel:
     forward: Callable[..., Any]
     vjp: Callable[..., Any]
     saves: str | dict[str, str]
+    unsaved: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)  # what a node need not keep, worked out once
 
 
 kernels: dict[str, dict[str, Kernel]] = {"cpu": {}, "cuda": {}}
