@@ -8,10 +8,10 @@ from tinytensor.autograd import Op, apply, enable_grad, is_grad_enabled, no_grad
 from tinytensor.backend import cpu as _cpu_kernels  # noqa: F401  (registers them)
 from tinytensor.backend import random
 from tinytensor.backend.random import manual_seed
-from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, zeros, zeros_like
+from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, tensor, zeros, zeros_like
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
 from tinytensor.ops import __all__ as _op_names
-from tinytensor.tensor import Tensor, tensor
+from tinytensor.tensor import Tensor
 from tinytensor.transforms import checkpoint, grad, jvp, value_and_grad, vjp
 
 __version__ = "0.1.0"

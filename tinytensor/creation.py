@@ -7,8 +7,31 @@ from typing import Any
 import numpy as np
 
 from tinytensor import backend
+from tinytensor.autograd import Value
 from tinytensor.backend import random
-from tinytensor.tensor import Tensor, tensor
+from tinytensor.tensor import Tensor
+
+
+def tensor(data: Any, dtype: Any = None, device: str = "cpu", requires_grad: bool = False) -> Tensor:
+    """A tensor with a copy of `data`: numbers, nested lists, an array, or a tensor.
+
+    dtype: by name ("float32", "float64", "float16", "int64", …); by default that of an array, float32 for Python floats,
+    int64 for Python integers. device: "cpu" or "cuda". Raises ValueError for ragged lists, TypeError for non-numbers.
+    """
+    source = data.data if isinstance(data, Value) else data
+    if isinstance(source, (list, tuple)):
+        source = _unwrapped(source)
+    array = backend.as_array(source, dtype, device)
+    t = Tensor(array.copy() if backend.xp_of(array) is backend.xp_of(source) else array)
+    t.requires_grad = requires_grad
+    return t
+
+
+def _unwrapped(data: Any) -> Any:
+    """Nested lists with the tensors in them replaced by arrays' numbers."""
+    if isinstance(data, (list, tuple)):
+        return [_unwrapped(d) for d in data]
+    return data.data.tolist() if isinstance(data, Value) else data
 
 
 def _make(array: Any, dtype: Any, device: str, requires_grad: bool) -> Tensor:

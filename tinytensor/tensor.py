@@ -9,6 +9,7 @@ import numpy as np
 
 from tinytensor import autograd, backend, ops, writes
 from tinytensor.autograd import Leaf, Node, Value
+from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.index import plain_index, written
 
 
@@ -135,7 +136,9 @@ class Tensor(Value):
             return self.astype(target)
         if self.device == target:
             return self
-        return tensor(backend.to_device(self.data, target), requires_grad=self.requires_grad)
+        moved = Tensor(backend.to_device(self.data, target))
+        moved.requires_grad = self.requires_grad
+        return moved
 
     def astype(self, dtype: Any) -> Tensor:
         """In another dtype; the same tensor when it has that dtype already."""
@@ -305,28 +308,28 @@ class Tensor(Value):
         return ops.getitem(self, index)
 
     def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        return _compare(np.equal, self, other)
+        return untracked(np.equal, self, other)
 
     def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
-        return _compare(np.not_equal, self, other)
+        return untracked(np.not_equal, self, other)
 
     def __lt__(self, other: Any) -> Tensor:
-        return _compare(np.less, self, other)
+        return untracked(np.less, self, other)
 
     def __le__(self, other: Any) -> Tensor:
-        return _compare(np.less_equal, self, other)
+        return untracked(np.less_equal, self, other)
 
     def __gt__(self, other: Any) -> Tensor:
-        return _compare(np.greater, self, other)
+        return untracked(np.greater, self, other)
 
     def __ge__(self, other: Any) -> Tensor:
-        return _compare(np.greater_equal, self, other)
+        return untracked(np.greater_equal, self, other)
 
     def __and__(self, other: Any) -> Tensor:
-        return _compare(np.bitwise_and, self, other)
+        return untracked(np.bitwise_and, self, other)
 
     def __or__(self, other: Any) -> Tensor:
-        return _compare(np.bitwise_or, self, other)
+        return untracked(np.bitwise_or, self, other)
 
     __rand__, __ror__ = __and__, __or__
 
@@ -472,44 +475,20 @@ class Tensor(Value):
     __array_priority__ = 1000
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        f = _NUMPY.get(ufunc)
-        if method == "reduce" and ufunc in _REDUCTIONS:
-            f = _REDUCTIONS[ufunc]
+        f = FUNCTIONS.get(ufunc) if method == "__call__" else None
+        if method == "reduce" and ufunc in REDUCTIONS:
+            f = REDUCTIONS[ufunc]
             kwargs.setdefault("axis", 0)  # unlike np.sum
-        elif method != "__call__":
-            f = None
         if f is None or kwargs.get("out") is not None:
             return NotImplemented
         return f(*inputs, **{k: v for k, v in kwargs.items() if k != "out"})
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        f = _NUMPY.get(func)
+        f = FUNCTIONS.get(func)
         return NotImplemented if f is None else f(*args, **kwargs)
 
 
 Value.result_type = Tensor
-
-
-def tensor(data: Any, dtype: Any = None, device: str = "cpu", requires_grad: bool = False) -> Tensor:
-    """A tensor with a copy of `data`: numbers, nested lists, an array, or a tensor.
-
-    dtype: by name ("float32", "float64", "float16", "int64", …); by default that of an array, float32 for Python floats,
-    int64 for Python integers. device: "cpu" or "cuda". Raises ValueError for ragged lists, TypeError for non-numbers.
-    """
-    source = data.data if isinstance(data, Value) else data
-    if isinstance(source, (list, tuple)):
-        source = _unwrapped(source)
-    array = backend.as_array(source, dtype, device)
-    t = Tensor(array.copy() if backend.xp_of(array) is backend.xp_of(source) else array)
-    t.requires_grad = requires_grad
-    return t
-
-
-def _unwrapped(data: Any) -> Any:
-    """Nested lists with the tensors in them replaced by arrays' numbers."""
-    if isinstance(data, (list, tuple)):
-        return [_unwrapped(d) for d in data]
-    return data.data.tolist() if isinstance(data, Value) else data
 
 
 def root(output: Tensor, gradient: Any, create_graph: bool) -> tuple[Any, Any]:
@@ -529,82 +508,3 @@ def root(output: Tensor, gradient: Any, create_graph: bool) -> tuple[Any, Any]:
             raise ValueError(f"gradient of shape {seed.data.shape} does not fit the output's shape {output.shape}")
         seed = seed.astype(output.dtype)
     return output.node, seed if create_graph else seed.data
-
-
-def _compare(f: Any, a: Tensor, b: Any) -> Tensor:
-    return Tensor(backend.as_array(f(a.data, b.data if isinstance(b, Value) else b)))
-
-
-def _reduction(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`f` with the signature of NumPy's reductions, refusing what it cannot honour."""
-
-    def reduced(x: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False, **kw: Any) -> Tensor:
-        if out is not None or dtype is not None or any(k != "ddof" for k in kw):
-            raise TypeError(f"{f.__name__} of a tensor takes axis, keepdims and ddof only")
-        return f(x, axis, keepdims=bool(keepdims), **kw)
-
-    return reduced
-
-
-_REDUCTIONS = {np.add: _reduction(ops.sum), np.maximum: _reduction(ops.max), np.minimum: _reduction(ops.min)}
-_NUMPY: dict[Any, Callable[..., Any]] = {
-    np.add: ops.add,
-    np.subtract: ops.sub,
-    np.multiply: ops.mul,
-    np.divide: ops.div,
-    np.power: ops.pow,
-    np.negative: ops.neg,
-    np.matmul: ops.matmul,
-    np.maximum: ops.maximum,
-    np.minimum: ops.minimum,
-    np.absolute: ops.abs,
-    np.exp: ops.exp,
-    np.expm1: ops.expm1,
-    np.log: ops.log,
-    np.log1p: ops.log1p,
-    np.sqrt: ops.sqrt,
-    np.square: lambda x: ops.mul(x, x),
-    np.sin: ops.sin,
-    np.cos: ops.cos,
-    np.tanh: ops.tanh,
-    np.sign: lambda x: Tensor(np.sign(x.data)),
-    np.isfinite: lambda x: Tensor(np.isfinite(x.data)),
-    np.isnan: lambda x: Tensor(np.isnan(x.data)),
-    np.bitwise_and: lambda a, b: _compare(np.bitwise_and, autograd.as_value(a), b),
-    np.bitwise_or: lambda a, b: _compare(np.bitwise_or, autograd.as_value(a), b),
-    np.equal: lambda a, b: _compare(np.equal, autograd.as_value(a), b),
-    np.not_equal: lambda a, b: _compare(np.not_equal, autograd.as_value(a), b),
-    np.less: lambda a, b: _compare(np.less, autograd.as_value(a), b),
-    np.less_equal: lambda a, b: _compare(np.less_equal, autograd.as_value(a), b),
-    np.greater: lambda a, b: _compare(np.greater, autograd.as_value(a), b),
-    np.greater_equal: lambda a, b: _compare(np.greater_equal, autograd.as_value(a), b),
-    np.sum: _reduction(ops.sum),
-    np.mean: _reduction(ops.mean),
-    np.var: _reduction(ops.var),
-    np.std: _reduction(ops.std),
-    np.max: _reduction(ops.max),
-    np.min: _reduction(ops.min),
-    np.prod: _reduction(ops.prod),
-    np.argmax: ops.argmax,
-    np.argmin: ops.argmin,
-    np.cumsum: lambda x, axis=None: ops.cumsum(x.reshape(-1), 0) if axis is None else ops.cumsum(x, axis),
-    np.clip: ops.clip,
-    np.where: ops.where,
-    np.reshape: ops.reshape,
-    np.transpose: ops.transpose,
-    np.swapaxes: ops.swapaxes,
-    np.squeeze: ops.squeeze,
-    np.expand_dims: ops.unsqueeze,
-    np.broadcast_to: ops.broadcast_to,
-    np.concatenate: ops.concat,
-    np.stack: ops.stack,
-    np.flip: ops.flip,
-    np.tril: ops.tril,
-    np.triu: ops.triu,
-    np.einsum: ops.einsum,
-    np.shape: lambda x: x.shape,
-    np.ndim: lambda x: x.ndim,
-    np.size: lambda x: x.size,
-    np.zeros_like: lambda x, **kw: Tensor(np.zeros_like(x.data, **kw)),
-    np.ones_like: lambda x, **kw: Tensor(np.ones_like(x.data, **kw)),
-}
