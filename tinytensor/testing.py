@@ -58,7 +58,7 @@ def gradcheck(f: Callable[..., Any], inputs: Sequence[Any], eps: float = 1e-6, a
                 moved[place] += step
                 args = [Tensor(moved) if j == i else t.detach() for j, t in enumerate(leaves)]
                 with autograd.enable_grad():
-                    ends.append(scalar(*args).item())
+                    ends.append(float(scalar(*args)))
             numeric[place] = (ends[0] - ends[1]) / (2 * eps)
         ours = np.zeros_like(x) if g is None else g.data
         if ours.shape != x.shape:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 import tinytensor as tt
 from tinytensor.autograd import Op, apply
@@ -979,6 +981,98 @@ def test_an_in_place_result_must_fit() -> None:
     with pytest.raises(ValueError, match=r"does not fit into \(2,\), float64"):
         y += tt.ones(3, 2)
     assert x.tolist() == [1, 2] and y.tolist() == [1, 2]
+
+
+# -- random programs
+
+PURE: dict[str, Callable[..., Any]] = {
+    "add": lambda lib, a, b, c: a + b * c,
+    "mul": lambda lib, a, b, c: a * b,
+    "div": lambda lib, a, b, c: a / (b * b + 1),
+    "tanh": lambda lib, a, b, c: (a * c).tanh(),
+    "exp": lambda lib, a, b, c: (a * 0.3).exp(),
+    "matmul": lambda lib, a, b, c: (a @ b.T) @ b * 0.1,
+    "views": lambda lib, a, b, c: a.reshape(4, 3).T.reshape(4, 3).T,
+    "rows": lambda lib, a, b, c: a[[2, 0, 2]],
+    "halves": lambda lib, a, b, c: (torch.cat if lib is torch else tt.concat)([a[1:], b[:1]]),
+    "where": lambda lib, a, b, c: lib.where(a > b, a, b),
+    "maximum": lambda lib, a, b, c: lib.maximum(a, b),
+    "softmax": lambda lib, a, b, c: lib.softmax(a, -1),
+    "sum": lambda lib, a, b, c: a.sum(0) + b,
+    "mean": lambda lib, a, b, c: a.mean(1)[:, None] * b,
+    "einsum": lambda lib, a, b, c: lib.einsum("ij,kj,kl->il", a, b, a) * 0.1,
+}
+
+
+def on_a_result(write: Callable[..., Any]) -> Callable[..., Any]:
+    def step(lib: Any, a: Any, b: Any, c: float) -> Any:
+        a = a * 1.0 if a.is_leaf else a
+        return write(a, b, c)
+
+    return step
+
+
+def set_row(a: Any, b: Any, c: float) -> Any:
+    a[1] = b[0]
+    return a
+
+
+def set_where(a: Any, b: Any, c: float) -> Any:
+    a[a > c] = b[2, 1]
+    return a
+
+
+WRITES: dict[str, Callable[..., Any]] = {
+    "+=": on_a_result(lambda a, b, c: a.__iadd__(b)),
+    "*=": on_a_result(lambda a, b, c: a.__imul__(b)),
+    "-= number": on_a_result(lambda a, b, c: a.__isub__(c)),
+    "row": on_a_result(set_row),
+    "mask": on_a_result(set_where),
+}
+
+
+def programs(steps: dict[str, Any]) -> Any:
+    place = st.integers(0, 20)
+    return st.lists(st.tuples(st.sampled_from(sorted(steps)), place, place, st.floats(-1, 1, width=16)), max_size=10)
+
+
+def outcome(lib: Any, program: list[Any], steps: dict[str, Any]) -> list[np.ndarray]:
+    """Loss and gradients of a program whose steps take any of the results so far."""
+    arrays = np.random.default_rng(1).normal(size=(2, 3, 4))
+    leaves = [leaf(a) if lib is tt else torch.tensor(a, requires_grad=True) for a in arrays]
+    values = list(leaves)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name, i, j, c in program:
+            values.append(steps[name](lib, values[i % len(values)], values[j % len(values)], c))
+        loss = sum((v * v).sum() for v in values[-3:])
+        loss.backward()
+    grads = [x.grad for x in leaves]
+    return [x.detach().numpy() for x in [loss, *(y * 0 if g is None else g for g, y in zip(grads, leaves, strict=True))]]
+
+
+@settings(max_examples=150)
+@given(programs(PURE))
+def test_random_programs_equal_torch(program: list[Any]) -> None:
+    for a, b in zip(outcome(tt, program, PURE), outcome(torch, program, PURE), strict=True):
+        np.testing.assert_allclose(a, b, 1e-8, 1e-8)
+
+
+@settings(max_examples=300)
+@given(programs(PURE | WRITES))
+def test_random_programs_with_writes_equal_torch_or_are_refused(program: list[Any]) -> None:
+    try:
+        ours = outcome(tt, program, PURE | WRITES)
+    except RuntimeError as error:
+        event("refused")
+        assert "in place" in str(error) or "in-place" in str(error)
+        return
+    try:
+        theirs = outcome(torch, program, PURE | WRITES)
+    except RuntimeError:
+        event("PyTorch saves more")
+        return
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, 1e-8, 1e-8)
 
 
 # -- threads

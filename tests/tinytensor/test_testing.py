@@ -73,7 +73,8 @@ def test_the_second_order_is_checked() -> None:
 def test_a_missing_gradient_counts_as_zero() -> None:
     with pytest.raises(GradientMismatch, match="autograd gives 0, finite differences"):
         gradcheck(lambda x: x.detach() * 2, [X])
-    assert gradcheck(lambda x: x.detach() * 0, [X])
+    assert gradcheck(lambda x: x.detach() * 0, [X]) and gradcheck(lambda x: x.argmax(), [X])
+    assert gradgradcheck(lambda x: x.detach() * 0, [X]) and gradgradcheck(lambda x: x.sum(), [X])
 
 
 def test_every_output_is_checked() -> None:
