@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from tinytensor import parallel
-
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -119,8 +117,8 @@ class TrainConfig:
     threads: int | None = None
     """cores to use; by default TINYTENSOR_NUM_THREADS, or all that this process may run on"""
     shards: int | None = None
-    """parts that a micro-batch is cut into, each computed by one thread; results depend on it, not on threads. By default as
-    many as threads, and at least one for 2,048 tokens"""
+    """parts that a micro-batch is cut into, each computed by one thread; dropout masks and rounding depend on it, not on the
+    threads. By default one for 1,024 tokens, and at least two; more keep more cores busy"""
     resume: bool = False
     """go on from the last checkpoint of out_dir, with that run's settings and any flags given here"""
 
@@ -146,11 +144,11 @@ class TrainConfig:
         return GPTConfig(vocab_size, **{name: getattr(self, name) for name in sorted(shared)})
 
     def resolved_shards(self) -> int:
-        """`shards`, or by default a power of two: enough for every thread, small enough for the caches, at most micro_batch."""
+        """`shards`, or by default a power of two: one for 1,024 tokens or so, at least two, at most micro_batch."""
         if self.shards is not None:
             return min(self.shards, self.micro_batch)
-        wanted = max(self.threads or parallel.cpu_threads(), self.micro_batch * self.block_size // 2048)
-        return 2 ** min(math.ceil(math.log2(wanted)), math.floor(math.log2(self.micro_batch)))
+        wanted = max(2, self.micro_batch * self.block_size / 1024)
+        return 2 ** math.floor(math.log2(min(wanted, self.micro_batch)))
 
     @property
     def tokens_per_step(self) -> int:

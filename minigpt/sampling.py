@@ -47,7 +47,9 @@ class Sampling:
             seen = np.unique(context)
             z[seen] = np.where(z[seen] > 0, z[seen] / self.repetition_penalty, z[seen] * self.repetition_penalty)
         if self.temperature == 0:
-            return np.eye(len(z))[z.argmax()]
+            p = np.zeros_like(z)
+            p[z.argmax()] = 1
+            return p
         z = (z - z.max()) / self.temperature
         order = np.argsort(-z, kind="stable")  # likeliest first
         p = np.exp(z[order])

@@ -87,7 +87,7 @@ class Tracker:
         """Say once, from the first steps, how long the run will take, and offer a shorter one when that is hours."""
         self._estimated = True
         left = (self.max_steps - step) * statistics.median(self._durations)
-        self.console.print(f"[dim]about {duration(left)} to go, from the first {len(self._durations)} steps[/dim]")
+        self.console.print(f"[dim]about {duration(left)} to go, measured on the first {step} steps[/dim]")
         if left > 2 * 3600:
             self.console.print("[yellow]for verse within minutes: python scripts/train.py quick[/yellow]")
 

@@ -53,11 +53,6 @@ class Trainer:
         while self.step < config.max_steps:
             lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
             loss, norm = self.train_step(lr)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss of step {self.step} is {loss}; go on from the last checkpoint with --resume and a smaller --lr "
-                    f"than {config.lr:g}"
-                )
             self.step += 1
             self.tokens += config.tokens_per_step
             self.seconds = time.perf_counter() - started
@@ -74,6 +69,11 @@ class Trainer:
         self.model.zero_grad()
         losses = parallel.backward(self.shard_loss, range(config.accumulation * self.shards), config.threads)
         norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        if not math.isfinite(sum(losses) + norm):  # before it reaches the weights
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {sum(losses)} and its gradient norm {norm}; go on from the last checkpoint "
+                f"with --resume and a smaller --lr than {config.lr:g}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

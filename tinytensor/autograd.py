@@ -269,9 +269,9 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             y = op.forward(np if device == "cpu" else backend.xp_for(device), *arrays, **params)
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         raise _explained(op, arrays, error) from None
-    if type(y) is not np.ndarray and device == "cpu":
+    if isinstance(y, np.generic):
         y = np.asarray(y)
-    if y.dtype is _FLOAT64 and "dtype" not in params and not any(getattr(a, "dtype", None) is _FLOAT64 for a in arrays):
+    if y.dtype is _FLOAT64 and "dtype" not in params and not any(getattr(a, "dtype", _FLOAT32) == _FLOAT64 for a in arrays):
         y = y.astype(backend.default_dtype)
     if not wanted or (y.dtype is not _FLOAT32 and y.dtype.kind != "f"):
         return Value.result_type(y)
@@ -311,6 +311,11 @@ def call(op: type[Op], *inputs: Any, **params: Any) -> Any:
 def as_value(x: Any) -> Any:
     """x itself when it is a tensor, else a tensor made of it."""
     return x if isinstance(x, Value) else Value.result_type(backend.as_array(x))
+
+
+def beside(x: Any, constant: Array) -> Array:
+    """A constant array on the device of x, an array or a tensor."""
+    return backend.to_device(constant, backend.device_of(x.data if isinstance(x, Value) else x))
 
 
 def _operand(op: type[Op], x: Any) -> Any:
@@ -442,8 +447,7 @@ def free_slot(leaf: Leaf) -> Array | None:
         if leaf.slot is None or leaf.grad is not None or leaf.busy:
             return None
         leaf.busy = True
-    writes.record(leaf.slot)
-    return leaf.slot
+        return leaf.slot
 
 
 _deposit_lock = threading.Lock()  # two threads may differentiate through the same parameters
@@ -464,7 +468,7 @@ def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
             elif node.slot is not None and (in_slot or not node.busy):
                 if not in_slot:
                     node.slot[...] = g
-                    writes.record(node.slot)
+                writes.record(node.slot)
                 node.grad = Value.result_type(node.slot)
             else:
                 node.grad = Value.result_type(g if owned else backend.as_array(g).copy())

@@ -29,35 +29,32 @@ class FlatBuffer:
             self.starts.append(self.starts[-1] + -(-p.size // step) * step)
         self.data = xp.zeros(self.starts[-1], first.dtype)
         self.grad = xp.zeros(self.starts[-1], first.dtype)
-        self.views: list[Array] = []
-        for p, start in zip(parameters, self.starts, strict=False):
-            view = self.data[start : start + p.size].reshape(p.shape)
+        self.views = [self._place(self.data, i) for i in range(len(parameters))]
+        self.slots = [self._place(self.grad, i) for i in range(len(parameters))]
+        for p, view, slot in zip(parameters, self.views, self.slots, strict=True):
             view[...] = p.data
             p.data = view
-            self.views.append(view)
-            leaf = p.node
-            if isinstance(leaf, Leaf):
-                leaf.slot = self.grad[start : start + p.size].reshape(p.shape)
+            if isinstance(p.node, Leaf):
+                p.node.slot = slot
+
+    def _place(self, memory: Array, i: int) -> Array:
+        p, start = self.parameters[i], self.starts[i]
+        return memory[start : start + p.size].reshape(p.shape)
 
     def gather(self) -> list[bool]:
-        """Bring back what a user replaced (p.data = …, p.grad = …), and say which parameters have a gradient."""
+        """Bring back what a user (or another optimiser) replaced, and say which parameters have a gradient."""
         present = []
-        for p, view in zip(self.parameters, self.views, strict=True):
+        for p, view, slot in zip(self.parameters, self.views, self.slots, strict=True):
             if p.data is not view:
                 view[...] = p.data
                 p.data = view
             leaf = p.node
-            if not isinstance(leaf, Leaf) or leaf.grad is None:
-                present.append(False)
-                continue
-            if leaf.slot is None:
-                start = self.starts[len(present)]
-                leaf.slot = self.grad[start : start + p.size].reshape(p.shape)
-            leaf.busy = False  # also where a pass failed half-way
-            if leaf.grad.data is not leaf.slot:
-                leaf.slot[...] = leaf.grad.data
-                leaf.grad = Tensor(leaf.slot)
-            present.append(True)
+            present.append(isinstance(leaf, Leaf) and leaf.grad is not None)
+            if isinstance(leaf, Leaf) and leaf.grad is not None:
+                leaf.busy = False  # also where a pass failed half-way
+                if leaf.grad.data is not slot:
+                    slot[...] = leaf.grad.data
+                    leaf.grad, leaf.slot = Tensor(slot), slot
         return present
 
 
@@ -184,6 +181,8 @@ class Optimizer:
 class SGD(Optimizer):
     """v ← μv + g (+ λp);  p ← p − lr·v, or with Nesterov p ← p − lr·(g + μv)  (Sutskever et al. 2013, PyTorch's form)."""
 
+    state_names = ("momentum_buffer",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -194,7 +193,6 @@ class SGD(Optimizer):
     ) -> None:
         if nesterov and momentum <= 0:
             raise ValueError(f"SGD: Nesterov needs momentum > 0, got {momentum}")
-        self.state_names = ("momentum_buffer",)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
@@ -266,7 +264,8 @@ _BLOCK = 1 << 15  # elements: p, g, m, v and one scratch array of a block stay i
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients by min(1, max_norm/(norm + 1e-6)) in place, norm = √Σg² over all of them; returns norm.
 
-    float64 accumulation. Gradients that fill an optimiser's flat buffer are measured and scaled in one call.
+    Squares are added in the gradients' dtype within blocks of 32,768, in float64 over the blocks. Gradients that fill an
+    optimiser's flat buffer are measured and scaled as one array.
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be positive, got {max_norm}")

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tinytensor import autograd, backend
@@ -35,7 +35,10 @@ def cpu_threads() -> int:
 
 
 def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:
-    """[f(x) for x in items], several at a time; each call sees the caller's grad mode. The first exception is raised."""
+    """[f(x) for x in items], several at a time; each call sees the caller's grad mode. The first exception is raised.
+
+    Random numbers drawn in f should come from a `random.scope` opened there, or they depend on who was faster.
+    """
     todo = list(items)
     threads = min(threads or cpu_threads(), len(todo))
     if len(todo) <= 1 or getattr(_worker, "busy", False):  # a map within a map has no cores left to use
@@ -157,16 +160,29 @@ def _pool(threads: int) -> Any:
 
 @functools.cache
 def _blas() -> Any:
-    """The controller of BLAS's threads, or None where threadpoolctl is not installed."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
-        return None
+    from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController().select(user_api="blas")
+
+
+_limit: Any = None
+_limit_users = 0
+_limit_lock = threading.Lock()
 
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    blas = _blas()
-    with blas.limit(limits=1) if blas else nullcontext():
+    """BLAS with one thread while anybody is within: the limit is the process's, so the first sets it, the last lifts it."""
+    global _limit, _limit_users
+    with _limit_lock:
+        if _limit_users == 0:
+            _limit = _blas().limit(limits=1)
+            _limit.__enter__()
+        _limit_users += 1
+    try:
         yield
+    finally:
+        with _limit_lock:
+            _limit_users -= 1
+            if _limit_users == 0:
+                _limit.__exit__(None, None, None)

@@ -10,6 +10,7 @@ import numpy as np
 from tinytensor import autograd, backend, ops, writes
 from tinytensor.autograd import Leaf, Node, Value
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
+from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
 
 
@@ -131,14 +132,8 @@ class Tensor(Value):
         return ops.cast(self, self.dtype)
 
     def to(self, target: Any) -> Tensor:
-        """On another device ("cpu", "cuda") or in another dtype. Moving between devices makes a new leaf."""
-        if target not in ("cpu", "cuda"):
-            return self.astype(target)
-        if self.device == target:
-            return self
-        moved = Tensor(backend.to_device(self.data, target))
-        moved.requires_grad = self.requires_grad
-        return moved
+        """On another device ("cpu", "cuda") or in another dtype, differentiably; the same tensor when it is so already."""
+        return to_device(self, target) if target in ("cpu", "cuda") else self.astype(target)
 
     def astype(self, dtype: Any) -> Tensor:
         """In another dtype; the same tensor when it has that dtype already."""

@@ -27,14 +27,18 @@ def grad(
     create_graph records the pass, so that the result can be differentiated again, as deep as you like. An input that no
     output depends on raises, or gives None with allow_unused.
     """
-    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     ins = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    seeds = [None] * len(outs) if grad_outputs is None else [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
+    if isinstance(outputs, Tensor):
+        one_seed = isinstance(grad_outputs, list | tuple) and len(grad_outputs) == 1
+        outs, seeds = [outputs], list(grad_outputs) if one_seed else [grad_outputs]
+    else:
+        outs = list(outputs)
+        seeds = [None] * len(outs) if grad_outputs is None else list(grad_outputs)
     for i, x in enumerate(ins):
         if x.node is None:
             raise RuntimeError(f"grad: input {i}, of shape {x.shape}, does not require gradients; set requires_grad=True")
     found: dict[Any, Any] = {}
-    wanted = {x.node for x in ins if x.node is not None}
+    wanted: set[Any] = {x.node for x in ins}
 
     def keep(node: Any, g: Any, owned: bool) -> None:
         if node in wanted:  # a constant may be the seed itself, or belong to two inputs

@@ -91,7 +91,7 @@ def test_an_estimate_is_given_once(tmp_path: Path, step_seconds: float, words: s
     with tracker(tmp_path, max_steps=97) as made:
         for step in range(1, 12):
             made.step(step, 2.0, 1e-3, 0.5, step * 10, step * step_seconds)
-    assert told(made).count("to go, from the first 3 steps") == 1
+    assert told(made).count("to go, measured on the first") == 1
     assert told(made).count(words) == 1
     assert ("for verse within minutes" in told(made)) == (step_seconds == 200)
 

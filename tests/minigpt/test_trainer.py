@@ -336,7 +336,9 @@ def test_a_text_of_one_line_and_one_symbol(config: TrainConfig) -> None:
 def test_a_run_that_diverges_says_so(config: TrainConfig) -> None:
     with (
         np.errstate(all="ignore"),
-        pytest.raises(FloatingPointError, match=r"loss of step \d+ is (nan|inf).*--resume and a smaller --lr"),
+        pytest.raises(
+            FloatingPointError, match=r"loss of step \d+ is .* gradient norm (nan|inf); .*--resume and a smaller --lr"
+        ),
     ):
         run(replace(config, lr=1e30, grad_clip=math.inf, warmup_steps=0, max_steps=30))
     rows = read_metrics(Path("runs/tiny/metrics.jsonl"))  # strict JSON: no NaN in it

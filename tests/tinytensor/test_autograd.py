@@ -1212,3 +1212,18 @@ def test_none_means_no_gradient() -> None:
     a, b = leaf([1.0]), leaf([1.0])
     apply(First, a, b).backward()
     assert a.grad.item() == 1 and b.grad is None
+
+
+def test_a_gradient_of_outputs_may_be_an_array() -> None:
+    x = tt.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    for seed in (np.arange(3.0), tt.arange(3), [np.arange(3.0)], (tt.arange(3),)):
+        (g,) = tt.grad(x * x, x, grad_outputs=seed)
+        assert g.tolist() == [0, 4, 12]
+
+
+def test_what_linear_returns_may_be_written_in_place() -> None:
+    x, w = tt.ones(2, 3, requires_grad=True), tt.ones(4, 3, requires_grad=True)
+    h = tt.linear(x, w)
+    h += 1
+    h.sum().backward()
+    assert h.tolist() == [[4] * 4] * 2 and x.grad.tolist() == [[4] * 3] * 2

@@ -371,3 +371,13 @@ def test_one_tensor_is_a_group() -> None:
     p.sum().backward()
     optimizer.step()
     assert p.tolist() == [0, 0]
+
+
+def test_two_optimisers_may_share_a_parameter() -> None:
+    p = nn.Parameter(np.ones(3, np.float32))
+    first, second = SGD([p], lr=0.1), SGD([p], lr=0.01)
+    for optimizer, expected in ((first, 0.8), (second, 0.78), (first, 0.58)):
+        optimizer.zero_grad()
+        (p * 2).sum().backward()
+        optimizer.step()
+        np.testing.assert_allclose(p.data, expected, rtol=1e-6)

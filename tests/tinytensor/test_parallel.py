@@ -103,3 +103,24 @@ def test_the_number_of_threads_must_be_a_number(value: str, monkeypatch: pytest.
         parallel.cpu_threads()
     monkeypatch.setenv("TINYTENSOR_NUM_THREADS", "3")
     assert parallel.cpu_threads() == 3
+
+
+def test_blas_gets_its_threads_back_when_maps_overlap() -> None:
+    from threadpoolctl import threadpool_info
+
+    def threads() -> list[int]:
+        return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas" and "numpy" in p["filepath"]]
+
+    before, first_in, second_in, first_out = threads(), *(threading.Event() for _ in range(3))
+
+    def first() -> None:
+        parallel.map(lambda _: (first_in.set(), second_in.wait(10)), [0, 1], 1)
+        first_out.set()
+
+    other = threading.Thread(target=first)
+    other.start()
+    first_in.wait(10)
+    within = parallel.map(lambda _: (second_in.set(), first_out.wait(10), threads())[2], [0, 1], 1)
+    other.join()
+    assert within == [[1] * len(before)] * 2
+    assert threads() == before

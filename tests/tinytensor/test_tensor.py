@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -452,3 +453,12 @@ def test_importing_needs_numpy_alone() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_float64_stays_float64_after_pickling() -> None:
+    x = tt.tensor(pickle.loads(pickle.dumps(np.arange(3.0))))
+    assert {x.sum().dtype, x.mean().dtype, x.sigmoid().dtype, (x * 2).dtype} == {np.dtype(np.float64)}
+
+
+def test_the_mean_of_ones_is_one() -> None:
+    assert all(tt.ones(n).mean().item() == 1 for n in range(1, 200))

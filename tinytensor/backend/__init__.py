@@ -105,6 +105,12 @@ def byte_bounds(array: Array) -> tuple[int, int]:
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize
 
 
+def is_basic_index(index: Any) -> bool:
+    """Whether the index names each element at most once, so that plain assignment adds."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(p is None or p is Ellipsis or isinstance(p, int | np.integer | slice) for p in parts)
+
+
 class Into:
     """A gradient that a kernel's vjp can add to memory that the engine already has, instead of making an array of it.
 

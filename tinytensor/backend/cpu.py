@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from tinytensor.backend import Into, random, register_kernel
+from tinytensor.backend import Into, is_basic_index, random, register_kernel
 
 _BLOCK = 1 << 15  # elements of one array in a block: a handful of them fit a core's second-level cache
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -133,7 +133,8 @@ class Linear:
     def forward(x, w, b=None):
         if not _plain(x, w) or (b is not None and not _plain(x, b)):
             return NotImplemented
-        y = (_rows(x) @ w.T).reshape(*x.shape[:-1], len(w))
+        y = np.empty((*x.shape[:-1], len(w)), x.dtype)
+        np.matmul(_rows(x), w.T, out=_rows(y))
         if b is not None:
             y += b
         return y, None
@@ -157,15 +158,9 @@ class Getitem:
     """The gradient of a slice is added to that slice alone, not to an array of zeros."""
 
     def forward(x, index):
-        return x[index], None
+        return (x[index], None) if is_basic_index(index) else NotImplemented
 
     def vjp(g, y, x, index):
-        parts = index if isinstance(index, tuple) else (index,)
-        if not all(p is None or p is Ellipsis or isinstance(p, int | np.integer | slice) for p in parts):
-            fancy = np.zeros(x.shape, x.dtype)
-            np.add.at(fancy, index, g)
-            return fancy
-
         def add(out, fresh):
             if out is None:
                 out = np.zeros(x.shape, x.dtype)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinytensor import backend
-from tinytensor.autograd import Op, Value, apply, as_value
+from tinytensor.autograd import Op, Value, apply, as_value, call
 
 if TYPE_CHECKING:
     from tinytensor.tensor import Tensor
@@ -262,6 +262,16 @@ class Where(Op):
         return None, lambda: np.where(c, g, 0), lambda: np.where(c, 0, g)
 
 
+class ToDevice(Op):
+    """y = x on another device;  the gradient goes back to x's"""
+
+    def forward(xp, x, target, source):
+        return backend.to_device(x, target)
+
+    def vjp(g, y, x, target, source):
+        return call(ToDevice, g, target=source, source=target)
+
+
 class Cast(Op):
     """y = x in another dtype;  the gradient is cast back"""
 
@@ -390,6 +400,13 @@ def clip(x: Any, low: float | None = None, high: float | None = None) -> Tensor:
     if isinstance(low, Value) or isinstance(high, Value):
         raise TypeError("clip: low and high are numbers; use maximum and minimum for tensors")
     return apply(Clip, x, low=low, high=high)
+
+
+def to_device(x: Any, device: str) -> Tensor:
+    """x on "cpu" or "cuda", differentiably; x itself when it is there already."""
+    x = as_value(x)
+    source = backend.device_of(x.data)
+    return x if source == device else apply(ToDevice, x, target=device, source=source)
 
 
 def cast(x: Any, dtype: Any) -> Tensor:

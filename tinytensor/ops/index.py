@@ -8,7 +8,8 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_index
 
 from tinytensor import backend
-from tinytensor.autograd import Op, Value, apply, as_value, call
+from tinytensor.autograd import Op, Value, apply, as_value, beside, call
+from tinytensor.backend import is_basic_index
 
 if TYPE_CHECKING:
     from tinytensor.tensor import Tensor
@@ -29,7 +30,7 @@ class IndexAdd(Op):
 
     def forward(xp, x, index, shape):
         y = xp.zeros(shape, x.dtype)
-        if _is_basic(index):
+        if is_basic_index(index):
             y[index] = x
         else:
             xp.add.at(y, index, x)
@@ -50,7 +51,7 @@ class Setitem(Op):
     def vjp(g, y, x, v, index):
         def dv():
             share = g[index]
-            if not _is_basic(index):  # where an index repeats, the last value is the one that stays
+            if not is_basic_index(index):  # where an index repeats, the last value is the one that stays
                 xp = backend.xp_of(as_value(g).data)
                 order, last = xp.arange(share.size).reshape(share.shape), xp.zeros(y.shape, np.int64)
                 last[index] = order
@@ -122,7 +123,7 @@ def written(x: Any) -> Tensor:
 def gather(x: Any, axis: int, indices: Any) -> Tensor:
     """Elements of x picked along an axis by an integer array of x's other dimensions (torch.gather)."""
     x, ids = as_value(x), _ids("gather", indices)
-    return apply(Gather, x, axis=_check_places("gather", ids, x.data.shape, axis), indices=ids)
+    return apply(Gather, x, axis=_check_places("gather", ids, x.data.shape, axis), indices=beside(x, ids))
 
 
 def scatter_add(x: Any, axis: int, indices: Any, values: Any) -> Tensor:
@@ -131,7 +132,7 @@ def scatter_add(x: Any, axis: int, indices: Any, values: Any) -> Tensor:
     axis = _check_places("scatter_add", ids, x.data.shape, axis)
     if ids.shape != values.data.shape:
         raise ValueError(f"scatter_add: indices have shape {ids.shape} but values have shape {values.data.shape}")
-    return apply(ScatterAdd, x, values, axis=axis, indices=ids)
+    return apply(ScatterAdd, x, values, axis=axis, indices=beside(x, ids))
 
 
 def embedding(weight: Any, ids: Any) -> Tensor:
@@ -140,7 +141,7 @@ def embedding(weight: Any, ids: Any) -> Tensor:
     if weight.data.ndim == 0:
         raise ValueError("embedding: the table needs an axis of rows, got a 0-d array")
     _check_ids("embedding", ids, weight.data.shape[0])
-    return apply(Embedding, weight, ids=ids)
+    return apply(Embedding, weight, ids=beside(weight, ids))
 
 
 def plain_index(index: Any) -> Any:
@@ -154,12 +155,6 @@ def plain_index(index: Any) -> Any:
     if isinstance(index, float):
         raise IndexError(f"an index must be integer, slice, None, ... or boolean, got the float {index}")
     return index
-
-
-def _is_basic(index: Any) -> bool:
-    """Whether the index names each element at most once, so that plain assignment adds."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(p is None or p is Ellipsis or isinstance(p, int | np.integer | slice) for p in parts)
 
 
 def _ids(op: str, ids: Any) -> Any:

@@ -21,6 +21,8 @@ class Matmul(Op):
     saves = {"a": "b", "b": "a"}
 
     def forward(xp, a, b):
+        if a.shape[-1] != b.shape[-2]:
+            raise ValueError(f"{a.shape[-1]} columns do not meet {b.shape[-2]} rows; transpose one of them")
         return a @ b
 
     def vjp(g, y, a, b):
@@ -89,9 +91,9 @@ def matmul(a: Any, b: Any) -> Tensor:
     columns = b if b.data.ndim > 1 else b.reshape(-1, 1)
     y = apply(Matmul, rows, columns)
     if b.data.ndim == 1:
-        y = y.reshape(y.shape[:-1])
+        y = y.squeeze(-1)
     if a.data.ndim == 1:
-        y = y.reshape(y.shape[: y.ndim - 1 - (b.data.ndim > 1)] + (y.shape[-1:] if b.data.ndim > 1 else ()))
+        y = y.squeeze(-1 if b.data.ndim == 1 else -2)
     return y
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinytensor.autograd import Op, apply, as_value
+from tinytensor.autograd import Op, apply, as_value, beside
 from tinytensor.backend import random
 from tinytensor.ops import elementwise as el
 from tinytensor.ops import reduce
@@ -47,10 +47,10 @@ class Dropout(Op):
     """y = x·m/q, m a random mask that is 1 with probability q = 1 − p;  dy/dx = m/q  (Srivastava et al. 2014)"""
 
     def forward(xp, x, p, key):
-        return x * _keep(xp, key, x.shape, p, x.dtype)
+        return x * _keep(x, key, x.shape, p)
 
     def vjp(g, y, x, p, key):
-        return g * _keep(None, key, x.shape, p, x.dtype)
+        return g * _keep(g, key, x.shape, p)
 
 
 class CausalAttention(Op):
@@ -64,11 +64,11 @@ class CausalAttention(Op):
 
     def forward(xp, q, k, v, p, key):
         a = _attention(q, k)
-        return (a * _keep(xp, key, a.shape, p, a.dtype) if p else a) @ v
+        return (a * _keep(a, key, a.shape, p) if p else a) @ v
 
     def vjp(g, y, q, k, v, p, key):
         a = _attention(q, k)
-        mask = _keep(None, key, a.shape, p, a.dtype) if p else 1
+        mask = _keep(a, key, a.shape, p) if p else 1
         da = (g @ v.swapaxes(-1, -2)) * mask
         s = a * (da - (da * a).sum(axis=-1, keepdims=True)) * (1 / math.sqrt(q.shape[-1]))
         return s @ k, s.swapaxes(-1, -2) @ q, (a * mask).swapaxes(-1, -2) @ g
@@ -78,7 +78,7 @@ def _attention(q, k):
     """softmax(q kᵀ/√d) with the future masked, in array language."""
     T, S = q.shape[-2], k.shape[-2]
     scores = (q @ k.swapaxes(-1, -2)) * (1 / math.sqrt(q.shape[-1]))
-    past = np.tril(np.ones((T, S), bool), S - T)
+    past = beside(q, np.tri(T, S, S - T, dtype=bool))
     scores = np.where(past, scores, -np.inf)
     e = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
@@ -114,12 +114,11 @@ def _smoothed_targets(logits, targets, ignore_index, label_smoothing):
     return t.astype(logits.dtype), (int(counted.sum()) or math.nan)
 
 
-def _keep(xp, key, shape, p, dtype):
-    """The scaled mask m/q of this key: the same in forward, backward and any replay."""
-    mask = random.keep_mask(key, shape, p)
+def _keep(x, key, shape, p):
+    """The scaled mask m/q of this key, of x's dtype and device: the same in forward, backward and any replay."""
     q = random.keep_probability(p)
-    mask = mask.astype(dtype) * np.asarray(1 / q if q else 0, dtype)
-    return mask if xp is None or xp is np else xp.asarray(mask)
+    mask = random.keep_mask(key, shape, p).astype(x.dtype) * np.asarray(1 / q if q else 0, x.dtype)
+    return beside(x, mask)
 
 
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -185,7 +184,9 @@ def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, label_smo
     V = logits.data.shape[-1]
     _check_ids("cross_entropy", ids[ids != ignore_index], V)
     flat = logits.reshape(-1, V) if logits.data.ndim != 2 else logits
-    return apply(CrossEntropy, flat, targets=ids.reshape(-1), ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return apply(
+        CrossEntropy, flat, targets=beside(logits, ids.reshape(-1)), ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
 
 
 def mse_loss(prediction: Any, target: Any) -> Tensor:

@@ -83,7 +83,7 @@ class Logsumexp(Op):
         m = x.max(axis=axis, keepdims=True)
         m = xp.where(xp.isfinite(m), m, 0)  # so that a row of −inf, or a +inf, does not become inf − inf
         y = xp.log(xp.exp(x - m).sum(axis=axis, keepdims=True)) + m
-        return y if keepdims else y.reshape(x.sum(axis=axis).shape) if axis is None else y.squeeze(axis)
+        return y if keepdims else y.squeeze(axis)
 
     def vjp(g, y, x, axis, keepdims):
         kept = kept_shape(x.shape, axis)
@@ -135,7 +135,7 @@ def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Σ/n over the given axes; NaN when n = 0."""
     x = as_value(x)
     total, n = sum(x, axis, keepdims), count(x.data.shape, axis)
-    return el.mul(total, 1 / n if n else math.nan)
+    return el.div(total, n or math.nan)
 
 
 def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
@@ -143,7 +143,7 @@ def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Ten
     x = as_value(x)
     centred = el.sub(x, mean(x, axis, keepdims=True))
     n = count(x.data.shape, axis) - ddof
-    return el.mul(sum(el.mul(centred, centred), axis, keepdims), 1 / n if n > 0 else math.nan)
+    return el.div(sum(el.mul(centred, centred), axis, keepdims), n if n > 0 else math.nan)
 
 
 def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
