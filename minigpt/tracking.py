@@ -149,6 +149,7 @@ def duration(seconds: float) -> str:
 
 def plot(metrics: Path, path: Path, title: str) -> None:
     """Draw training and validation loss, and the learning rate below them, from a metrics.jsonl to a PNG."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics)
@@ -160,11 +161,9 @@ def plot(metrics: Path, path: Path, title: str) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         top.plot(steps, losses, color="#9db4d0", linewidth=0.6, label="training, each step")
-        smooth, mean = [], losses[0]
-        for i, loss in enumerate(losses):
-            mean += (loss - mean) * max(0.02, 1 / (i + 1))
-            smooth.append(mean)
-        top.plot(steps, smooth, color="#2b5c9e", linewidth=1.4, label="training, running mean")
+        window = np.ones(max(1, len(losses) // 25))
+        smooth = np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
+        top.plot(steps, smooth, color="#2b5c9e", linewidth=1.4, label="training, moving mean")
     if val:
         steps, losses = zip(*val, strict=True)
         top.plot(steps, losses, "o-", color="#c8502b", linewidth=1.6, markersize=4, label="validation, whole split")
