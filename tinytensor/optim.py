@@ -113,7 +113,8 @@ class Optimizer:
                     piece = slice(begin, min(begin + _PIECE, buffer.starts[last]))
                     moments = [state[name][piece] for name in self.state_names]
                     pieces.append((buffer.data[piece], buffer.grad[piece], moments, group, steps))
-        parallel.map(lambda piece: self._update(*piece), pieces)
+        large = sum(p.size for p, *_ in pieces) > _PIECE  # a small update is over before a second thread wakes
+        parallel.map(lambda piece: self._update(*piece), pieces, threads=None if large else 1)
         for buffer, _ in self._buffers:
             writes.record(buffer.data)
 

@@ -462,3 +462,12 @@ def test_float64_stays_float64_after_pickling() -> None:
 
 def test_the_mean_of_ones_is_one() -> None:
     assert all(tt.ones(n).mean().item() == 1 for n in range(1, 200))
+
+
+def test_float16_sums_count_on() -> None:
+    x = tt.ones(5000, 2, dtype="float16")
+    assert x.sum(axis=0).tolist() == [5000, 5000] and x.sum().dtype == np.float16
+
+
+def test_rand_stays_below_one_in_every_dtype() -> None:
+    assert all(tt.rand(100_000, dtype=dtype).max().item() < 1 for dtype in ("float16", "float32", "float64"))

@@ -38,6 +38,8 @@ class Key(NamedTuple):
 
 def uniform(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """Uniform on [0, 1)."""
+    if dtype == np.float16:  # whose rounding would reach 1
+        return (key.generator().integers(0, 2048, shape) / 2048).astype(dtype)
     return key.generator().random(shape, np.float32 if dtype.itemsize <= 4 else np.float64).astype(dtype, copy=False)
 
 

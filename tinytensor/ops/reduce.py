@@ -33,6 +33,8 @@ class Sum(Op):
     """y = Σ x;  ∂y/∂xᵢ = 1"""
 
     def forward(xp, x, axis, keepdims):
+        if x.dtype == np.float16:  # which would stop counting at 2048
+            return x.sum(axis=axis, keepdims=keepdims, dtype=np.float32).astype(x.dtype)
         return x.sum(axis=axis, keepdims=keepdims)
 
     def vjp(g, y, x, axis, keepdims):
