@@ -121,7 +121,7 @@ class Node:
         self.values: list[Any] | None = values  # [y, *inputs]; None once a backward pass has used them
         self.vjp = vjp  # the kernel's vjp when a kernel ran forward, else None
         self.serial = next(writes.serial)
-        self.origin = writes.caller()
+        self.origin = writes.caller(3)
         self.grad: Any = None  # None, or True then the gradient, after retain_grad
         self.hooks: list[Callable[[Any], Any]] | None = None
 
