@@ -1,8 +1,8 @@
 """Peers in turn: each in a process of its own, woken for one measurement at a time, A B C A B C …
 
 A peer is a function that builds something and returns a callable that does one piece of work. Its process builds it, says so,
-and then does one piece for every line it reads, answering with the seconds it took. While one works the others sleep on their
-standard input, so thread pools, allocators and caches do not meddle, and a slow minute of the machine falls on all alike.
+and then does as many pieces as each line it reads says, answering with their mean seconds. While one works the others sleep on
+their standard input, so thread pools, allocators and caches do not meddle, and a slow minute falls on all alike.
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def compare(peers: list[Peer], rounds: int, warmup: int = 2, progress: Callable[[str], None] = lambda _: None) -> list[Result]:
-    """Measure all peers in turn, `rounds` times after `warmup` uncounted ones. A peer that cannot run says why."""
+def compare(
+    peers: list[Peer], rounds: int, warmup: int = 2, repeat: int = 1, progress: Callable[[str], None] = lambda _: None
+) -> list[Result]:
+    """Measure all peers in turn, `rounds` times after `warmup` uncounted ones. A peer that cannot run says why.
+
+    A turn is the mean of `repeat` pieces of work: one alone, after the others' turns, would measure cold caches.
+    """
     results, alive = [Result(p.name) for p in peers], []
     processes = []
     try:
@@ -63,7 +68,7 @@ def compare(peers: list[Peer], rounds: int, warmup: int = 2, progress: Callable[
         for turn in range(warmup + rounds):
             progress(f"round {turn + 1 - warmup} of {rounds}" if turn >= warmup else "warming up")
             for process, result in [pair for pair in alive if not pair[1].failed]:
-                answer = _ask(process, "go")
+                answer = _ask(process, str(repeat))
                 if "error" in answer:
                     result.failed = answer["error"]
                 elif turn >= warmup:
@@ -121,11 +126,13 @@ def _work() -> None:
     try:
         piece = getattr(importlib.import_module(f"benchmarks.{module}"), function)(**json.loads(sys.argv[2]))
         say(ready=True)
-        for _ in sys.stdin:
-            start = time.perf_counter()
-            own = piece()  # a piece that times itself returns seconds
-            seconds = time.perf_counter() - start if own is None else own
-            say(seconds=seconds, peak_memory=peak_memory())
+        for line in sys.stdin:
+            times = []
+            for _ in range(int(line)):
+                start = time.perf_counter()
+                own = piece()  # a piece that times itself returns seconds
+                times.append(time.perf_counter() - start if own is None else own)
+            say(seconds=sum(times) / len(times), peak_memory=peak_memory())
     except Exception as error:
         say(error=f"{type(error).__name__}: {error}".splitlines()[0])
 

@@ -120,7 +120,8 @@ class TrainConfig:
     """parts that a micro-batch is cut into, each computed by one thread; dropout masks and rounding depend on it, not on the
     threads. By default one for 1,024 tokens, and at least two; more keep more cores busy"""
     resume: bool = False
-    """go on from the last checkpoint of out_dir, with that run's settings and any flags given here"""
+    """go on from the last checkpoint of out_dir, by default of the preset's newest run, with that run's settings and any flags
+    given here (another max_steps draws the schedule anew)"""
 
     def __post_init__(self) -> None:
         _check_whole(self, max_steps=1, micro_batch=1, accumulation=1, eval_interval=1, sample_tokens=0, seed=0, warmup_steps=0)

@@ -113,6 +113,8 @@ def _fresh_folder(config: TrainConfig) -> Path:
 def _resumed_folder(config: TrainConfig) -> Path:
     """The run to go on with: the folder given, or the newest run of the preset."""
     if config.out_dir is not None:
+        if not (config.out_dir / checkpoint.LAST).exists():
+            raise CheckpointError(f"{config.out_dir} holds no checkpoint to resume; leave out --resume to start a run there")
         return config.out_dir
     own = re.compile(re.escape(config.preset) + r"(-\d+)?")
     runs = [p.parent for p in RUNS.glob(f"*/{checkpoint.LAST}") if own.fullmatch(p.parent.name)]

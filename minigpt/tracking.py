@@ -87,7 +87,8 @@ class Tracker:
         """Say once, from the first steps, how long the run will take, and offer a shorter one when that is hours."""
         self._estimated = True
         left = (self.max_steps - step) * statistics.median(self._durations)
-        self.console.print(f"[dim]about {duration(left)} to go, measured on the first {step} steps[/dim]")
+        measured = f"measured on {len(self._durations)} steps"
+        self.console.print(f"[dim]about {duration(left)} to go and the evaluations, {measured}[/dim]")
         if left > 2 * 3600:
             self.console.print("[yellow]for verse within minutes: python scripts/train.py quick[/yellow]")
 
@@ -105,7 +106,7 @@ class Tracker:
             folder.mkdir(exist_ok=True)
             (folder / f"step-{step:06d}.txt").write_text(sample, encoding="utf-8")
             shown = sample if step == self.max_steps else "\n".join(sample.splitlines()[:6])
-            self.console.print(shown, **PLAIN, style="italic")
+            self.console.print(shown.rstrip() + "\n", **PLAIN, style="italic", soft_wrap=True)
 
     def _flush(self) -> None:
         """One whole line a write, flushed, so that a killed run keeps every line it had finished."""

@@ -18,8 +18,8 @@ class Args:
 
     run: Path | None = None
     """run folder or checkpoint file; by default the newest run below runs/"""
-    prompt: str = "\n"
-    """text to continue; "-" reads it from standard input"""
+    prompt: str | None = None
+    """text to continue, by default a line break; "-" reads it from standard input"""
     prompt_file: Path | None = None
     """read the prompt from a file instead"""
     max_tokens: int = 500
@@ -32,9 +32,9 @@ class Args:
 def main() -> None:
     try:
         args = tyro.cli(Args)
-        prompt = (
-            args.prompt_file.read_text("utf-8") if args.prompt_file else sys.stdin.read() if args.prompt == "-" else args.prompt
-        )
+        prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+        if args.prompt_file:
+            prompt = args.prompt_file.read_text("utf-8")
         checkpoint = load_run(args.run or newest_run())
         for text in speak(checkpoint, prompt, args.max_tokens, args.num_samples, args.sampling):
             print(text, end="", flush=True)

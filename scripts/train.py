@@ -10,7 +10,9 @@ from minigpt.run import resumed_config, run
 
 def main() -> None:
     args = sys.argv[1:]
-    preset = args.pop(0) if args and args[0] in PRESETS else "shakespeare"
+    preset = args.pop(0) if args and not args[0].startswith("-") else "shakespeare"
+    if preset not in PRESETS:
+        sys.exit(f"error: preset {preset!r} is not known; choose {', '.join(PRESETS)}")
     description = f"Train a GPT. Presets, as the first word: {', '.join(PRESETS)}. These are the settings of {preset}."
     try:
         config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)

@@ -176,7 +176,7 @@ def test_without_a_run_the_message_says_how_to_make_one(tmp_path: Path, monkeypa
         (["--resume", "--n-embd", "32", "--n-layer", "2"], r".*quick cannot go on .*n_layer 1 → 2, n_embd 16 → 32"),
         (["--resume", "--data", "other.txt"], r"trained on another text than other\.txt"),
         (["--preset", "shakespeare"], r"--preset only names a run; .*train\.py shakespeare"),
-        (["--resume", "--out-dir", "none"], r"none/last\.safetensors cannot be read"),
+        (["--resume", "--out-dir", "none"], r"none holds no checkpoint to resume; leave out --resume"),
     ],
 )
 def test_training_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str) -> None:
@@ -186,7 +186,14 @@ def test_training_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatc
     assert {p: p.stat().st_mtime_ns for p in home.rglob("*")} == before
 
 
-@pytest.mark.parametrize("args", [["quik"], ["--n-head", "5"], ["--dropout", "2"], ["--lr", "fast"], ["--source", "sonnets"]])
+def test_an_unknown_preset_is_named_with_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "quik"])
+    with pytest.raises(SystemExit, match="error: preset 'quik' is not known; choose quick, shakespeare"):
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("args", [["--n-head", "5"], ["--dropout", "2"], ["--lr", "fast"], ["--source", "sonnets"]])
 def test_wrong_flags_are_explained_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:

@@ -38,7 +38,7 @@ def xp_for(device: str) -> ModuleType:
     try:
         import cupy
     except ImportError as error:
-        raise RuntimeError(f'device "cuda" needs CuPy ({error}); pip install "minigpt-shakespeare[gpu]"') from None
+        raise RuntimeError(f'device "cuda" needs CuPy ({error}); pip install -e ".[gpu]"') from None
     if not cupy.cuda.is_available():
         raise RuntimeError('device "cuda" was asked for, but CuPy finds no usable GPU; use device "cpu"')
     return cupy
