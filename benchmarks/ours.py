@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import tinytensor as tt
-from benchmarks.theirs import batch
+from benchmarks.theirs import batch, chain
 from minigpt import GPT, GPTConfig
 from minigpt.config import TrainConfig
 from minigpt.sampling import Sampling, generate
@@ -76,16 +76,4 @@ def write(model: dict[str, Any], tokens: int) -> Callable[[], None]:
 
 def small_ops(n: int = 50) -> Callable[[], float]:
     """Seconds per op, forward and backward, in a chain of adds and products of four-element tensors."""
-    x = tt.randn(4, requires_grad=True)
-    y = tt.randn(4, requires_grad=True)
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(20):
-            z = x
-            for _ in range(n):
-                z = z * y + x
-            z.sum().backward()
-        return (time.perf_counter() - start) / (20 * (2 * n + 1))
-
-    return run
+    return chain(tt.randn(4, requires_grad=True), tt.randn(4, requires_grad=True), n)

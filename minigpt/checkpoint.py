@@ -16,6 +16,7 @@ from minigpt.model import GPT
 
 SCHEMA = 1
 LAST, BEST = "last.safetensors", "best.safetensors"
+_PLAIN = ("step", "tokens", "seconds", "val_loss", "best_val_loss", "text_sha256")  # fields that are JSON as they are
 
 
 class CheckpointError(ValueError):
@@ -57,7 +58,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "config": checkpoint.config.to_dict(),
         "tokenizer": checkpoint.tokenizer.to_dict(),
         "optimizer": {k: checkpoint.optimizer[k] for k in ("steps", "param_groups")} | {"moments": sorted(moments)},
-        **{k: getattr(checkpoint, k) for k in ("step", "tokens", "seconds", "val_loss", "best_val_loss", "text_sha256")},
+        **{k: getattr(checkpoint, k) for k in _PLAIN},
     }
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -108,7 +109,7 @@ def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoi
         tokenizer=tokenizer.from_dict(state["tokenizer"]),
         model={name[len("model.") :]: array for name, array in tensors.items() if name.startswith("model.")},
         optimizer=optimizer,
-        **{k: state[k] for k in ("step", "tokens", "seconds", "val_loss", "best_val_loss", "text_sha256")},
+        **{k: state[k] for k in _PLAIN},
     )
 
 

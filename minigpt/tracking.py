@@ -79,9 +79,10 @@ class Tracker:
         self._last_seconds, self._last_tokens = seconds, tokens
         numbers = f"loss {loss:.3f}  lr {lr:.1e}  {speed:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, numbers=numbers)
-        measured = sum(self._durations)
-        if not self._estimated and (measured > 20 or (measured > 2 and len(self._durations) >= 3)):
-            self._estimate(step)
+        if not self._estimated:
+            measured = sum(self._durations)
+            if measured > 20 or (measured > 2 and len(self._durations) >= 3):
+                self._estimate(step)
 
     def _estimate(self, step: int) -> None:
         """Say once, from the first steps, how long the run will take, and offer a shorter one when that is hours."""

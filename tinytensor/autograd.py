@@ -22,10 +22,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tinytensor import backend, writes
-from tinytensor.backend import Array, Into
+from tinytensor.backend import Array, Into, kernels
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-_kernels = backend.kernels
 _SCALARS = (float, int, bool)
 
 
@@ -256,7 +255,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             edges.append(None)
         bit += bit
     device = "cpu" if "cupy" not in sys.modules else _common_device(op, arrays)
-    kernel = _kernels[device].get(op.name)
+    kernel = kernels[device].get(op.name)
     residual = None
     try:
         if kernel is not None:

@@ -105,19 +105,3 @@ def randint(low: int, high: int, shape: Any, device: str = "cpu") -> Tensor:
     """Uniform integers in [low, high), int64; keyed as `rand`."""
     sizes = _shape((shape,) if isinstance(shape, int | np.integer) else tuple(shape))
     return _make(random.integers(random.next_key("randint"), low, high, sizes), None, device, False)
-
-
-__all__ = [
-    "arange",
-    "as_tensor",
-    "eye",
-    "full",
-    "ones",
-    "ones_like",
-    "rand",
-    "randint",
-    "randn",
-    "tensor",
-    "zeros",
-    "zeros_like",
-]

@@ -65,6 +65,7 @@ def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> 
             _worker.busy = False
 
     with _one_blas_thread():
+        # the copied context carries numpy.errstate to the workers
         others = [_pool(threads - 1).submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
         try:
             work()

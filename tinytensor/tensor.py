@@ -329,7 +329,7 @@ class Tensor(Value):
     __rand__, __ror__ = __and__, __or__
 
     def __invert__(self) -> Tensor:
-        return Tensor(backend.as_array(~self.data))
+        return untracked(np.invert, self)
 
     # -- functions as methods
 
