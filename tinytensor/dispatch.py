@@ -11,13 +11,13 @@ from tinytensor import backend, ops
 from tinytensor.autograd import Value
 
 
-def untracked(f: Callable[..., Any], *inputs: Any) -> Any:
-    """f of the bare arrays, as a tensor outside the graph: for functions whose derivative is 0 or that have none."""
-    return Value.result_type(backend.as_array(f(*(x.data if isinstance(x, Value) else x for x in inputs))))
+def untracked(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f on bare arrays, its result a tensor outside the graph: for functions whose derivative is 0 or that have none."""
 
+    def result(*inputs: Any, **params: Any) -> Any:
+        return Value.result_type(backend.as_array(f(*(x.data if isinstance(x, Value) else x for x in inputs), **params)))
 
-def _untracked(f: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *inputs: untracked(f, *inputs)
+    return result
 
 
 def _reduction(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,9 +80,9 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.shape: lambda x: x.shape,
     np.ndim: lambda x: x.ndim,
     np.size: lambda x: x.size,
-    np.zeros_like: lambda x, **kw: untracked(lambda a: np.zeros_like(a, **kw), x),
-    np.ones_like: lambda x, **kw: untracked(lambda a: np.ones_like(a, **kw), x),
+    np.zeros_like: untracked(np.zeros_like),
+    np.ones_like: untracked(np.ones_like),
 }
 _PLAIN = (np.sign, np.isfinite, np.isnan, np.bitwise_and, np.bitwise_or, np.invert)
 _COMPARISONS = (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal)
-FUNCTIONS.update({f: _untracked(f) for f in (*_PLAIN, *_COMPARISONS)})
+FUNCTIONS.update({f: untracked(f) for f in (*_PLAIN, *_COMPARISONS)})

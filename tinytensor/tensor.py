@@ -1,4 +1,4 @@
-"""Tensor: an array, its gradient, and its place in the graph. Operators and methods are one-line calls into `ops`."""
+"""Tensor: an array, its gradient, and its place in the graph. Its operators and methods are the functions of `ops`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from tinytensor.autograd import Leaf, Node, Value
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
+
+
+def _swapped(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: f(other, self)
+
+
+def _in_place(f: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: self._write(f, other)
 
 
 class Tensor(Value):
@@ -208,7 +216,7 @@ class Tensor(Value):
             self.data[index] = value.data if isinstance(value, Value) else value
             writes.record(self.data)
 
-    def _inplace(self, op: Callable[[Any, Any], Tensor], other: Any) -> Tensor:
+    def _write(self, op: Callable[[Any, Any], Tensor], other: Any) -> Tensor:
         if self._tracks(other):
             self._rewrite(lambda before: op(before, before if other is self else other))
         else:
@@ -243,227 +251,31 @@ class Tensor(Value):
         if retained:
             self.retain_grad()
 
-    def __iadd__(self, other: Any) -> Tensor:
-        return self._inplace(ops.add, other)
+    # -- operators and methods: the functions of `ops`, with self for their first argument
 
-    def __isub__(self, other: Any) -> Tensor:
-        return self._inplace(ops.sub, other)
-
-    def __imul__(self, other: Any) -> Tensor:
-        return self._inplace(ops.mul, other)
-
-    def __itruediv__(self, other: Any) -> Tensor:
-        return self._inplace(ops.div, other)
-
-    # -- operators
-
-    def __add__(self, other: Any) -> Tensor:
-        return ops.add(self, other)
-
-    def __radd__(self, other: Any) -> Tensor:
-        return ops.add(other, self)
-
-    def __sub__(self, other: Any) -> Tensor:
-        return ops.sub(self, other)
-
-    def __rsub__(self, other: Any) -> Tensor:
-        return ops.sub(other, self)
-
-    def __mul__(self, other: Any) -> Tensor:
-        return ops.mul(self, other)
-
-    def __rmul__(self, other: Any) -> Tensor:
-        return ops.mul(other, self)
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return ops.div(self, other)
-
-    def __rtruediv__(self, other: Any) -> Tensor:
-        return ops.div(other, self)
-
-    def __pow__(self, other: Any) -> Tensor:
-        return ops.pow(self, other)
-
-    def __rpow__(self, other: Any) -> Tensor:
-        return ops.pow(other, self)
-
-    def __matmul__(self, other: Any) -> Tensor:
-        return ops.matmul(self, other)
-
-    def __rmatmul__(self, other: Any) -> Tensor:
-        return ops.matmul(other, self)
-
-    def __neg__(self) -> Tensor:
-        return ops.neg(self)
-
-    def __abs__(self) -> Tensor:
-        return ops.abs(self)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return ops.getitem(self, index)
-
-    def __eq__(self, other: object) -> Tensor:  # type: ignore[override]
-        return untracked(np.equal, self, other)
-
-    def __ne__(self, other: object) -> Tensor:  # type: ignore[override]
-        return untracked(np.not_equal, self, other)
-
-    def __lt__(self, other: Any) -> Tensor:
-        return untracked(np.less, self, other)
-
-    def __le__(self, other: Any) -> Tensor:
-        return untracked(np.less_equal, self, other)
-
-    def __gt__(self, other: Any) -> Tensor:
-        return untracked(np.greater, self, other)
-
-    def __ge__(self, other: Any) -> Tensor:
-        return untracked(np.greater_equal, self, other)
-
-    def __and__(self, other: Any) -> Tensor:
-        return untracked(np.bitwise_and, self, other)
-
-    def __or__(self, other: Any) -> Tensor:
-        return untracked(np.bitwise_or, self, other)
-
+    __add__, __radd__ = ops.add, _swapped(ops.add)
+    __sub__, __rsub__ = ops.sub, _swapped(ops.sub)
+    __mul__, __rmul__ = ops.mul, _swapped(ops.mul)
+    __truediv__, __rtruediv__ = ops.div, _swapped(ops.div)
+    __pow__, __rpow__ = ops.pow, _swapped(ops.pow)
+    __matmul__, __rmatmul__ = ops.matmul, _swapped(ops.matmul)
+    __neg__, __abs__, __getitem__ = ops.neg, ops.abs, ops.getitem
+    __eq__, __ne__ = untracked(np.equal), untracked(np.not_equal)
+    __lt__, __le__ = untracked(np.less), untracked(np.less_equal)
+    __gt__, __ge__ = untracked(np.greater), untracked(np.greater_equal)
+    __and__, __or__, __invert__ = untracked(np.bitwise_and), untracked(np.bitwise_or), untracked(np.invert)
     __rand__, __ror__ = __and__, __or__
+    __iadd__, __isub__, __imul__, __itruediv__ = _in_place(ops.add), _in_place(ops.sub), _in_place(ops.mul), _in_place(ops.div)
 
-    def __invert__(self) -> Tensor:
-        return untracked(np.invert, self)
-
-    # -- functions as methods
-
-    def exp(self) -> Tensor:
-        return ops.exp(self)
-
-    def expm1(self) -> Tensor:
-        return ops.expm1(self)
-
-    def log(self) -> Tensor:
-        return ops.log(self)
-
-    def log1p(self) -> Tensor:
-        return ops.log1p(self)
-
-    def sqrt(self) -> Tensor:
-        return ops.sqrt(self)
-
-    def rsqrt(self) -> Tensor:
-        return ops.rsqrt(self)
-
-    def sin(self) -> Tensor:
-        return ops.sin(self)
-
-    def cos(self) -> Tensor:
-        return ops.cos(self)
-
-    def tanh(self) -> Tensor:
-        return ops.tanh(self)
-
-    def sigmoid(self) -> Tensor:
-        return ops.sigmoid(self)
-
-    def relu(self) -> Tensor:
-        return ops.relu(self)
-
-    def silu(self) -> Tensor:
-        return ops.silu(self)
-
-    def softplus(self) -> Tensor:
-        return ops.softplus(self)
-
-    def erf(self) -> Tensor:
-        return ops.erf(self)
-
-    def abs(self) -> Tensor:
-        return ops.abs(self)
-
-    def gelu(self, approximate: str = "tanh") -> Tensor:
-        return ops.gelu(self, approximate)
-
-    def clip(self, low: float | None = None, high: float | None = None) -> Tensor:
-        return ops.clip(self, low, high)
-
-    def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return ops.sum(self, axis, keepdims)
-
-    def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return ops.mean(self, axis, keepdims)
-
-    def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return ops.max(self, axis, keepdims)
-
-    def min(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return ops.min(self, axis, keepdims)
-
-    def logsumexp(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return ops.logsumexp(self, axis, keepdims)
-
-    def var(self, axis: Any = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
-        return ops.var(self, axis, keepdims, ddof)
-
-    def std(self, axis: Any = None, keepdims: bool = False, ddof: int = 0) -> Tensor:
-        return ops.std(self, axis, keepdims, ddof)
-
-    def prod(self, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return ops.prod(self, axis, keepdims)
-
-    def argmax(self, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return ops.argmax(self, axis, keepdims)
-
-    def argmin(self, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        return ops.argmin(self, axis, keepdims)
-
-    def softmax(self, axis: int = -1) -> Tensor:
-        return ops.softmax(self, axis)
-
-    def log_softmax(self, axis: int = -1) -> Tensor:
-        return ops.log_softmax(self, axis)
-
-    def cumsum(self, axis: int = -1) -> Tensor:
-        return ops.cumsum(self, axis)
-
-    def reshape(self, *shape: Any) -> Tensor:
-        return ops.reshape(self, *shape)
-
-    def broadcast_to(self, *shape: Any) -> Tensor:
-        return ops.broadcast_to(self, *shape)
-
-    def expand(self, *shape: Any) -> Tensor:
-        return ops.expand(self, *shape)
-
-    def transpose(self, *axes: Any) -> Tensor:
-        return ops.transpose(self, *axes)
-
-    def swapaxes(self, a: int, b: int) -> Tensor:
-        return ops.swapaxes(self, a, b)
-
-    def squeeze(self, axis: Any = None) -> Tensor:
-        return ops.squeeze(self, axis)
-
-    def unsqueeze(self, axis: Any) -> Tensor:
-        return ops.unsqueeze(self, axis)
-
-    def flip(self, axis: Any = None) -> Tensor:
-        return ops.flip(self, axis)
-
-    def tril(self, k: int = 0) -> Tensor:
-        return ops.tril(self, k)
-
-    def triu(self, k: int = 0) -> Tensor:
-        return ops.triu(self, k)
-
-    def split(self, sections: Any, axis: int = 0) -> list[Tensor]:
-        return ops.split(self, sections, axis)
-
-    def chunk(self, chunks: int, axis: int = 0) -> list[Tensor]:
-        return ops.chunk(self, chunks, axis)
-
-    def gather(self, axis: int, indices: Any) -> Tensor:
-        return ops.gather(self, axis, indices)
-
-    def scatter_add(self, axis: int, indices: Any, values: Any) -> Tensor:
-        return ops.scatter_add(self, axis, indices, values)
+    exp, expm1, log, log1p, sqrt, rsqrt = ops.exp, ops.expm1, ops.log, ops.log1p, ops.sqrt, ops.rsqrt
+    sin, cos, tanh, abs, clip = ops.sin, ops.cos, ops.tanh, ops.abs, ops.clip
+    sigmoid, relu, silu, softplus, erf, gelu = ops.sigmoid, ops.relu, ops.silu, ops.softplus, ops.erf, ops.gelu
+    sum, mean, max, min, prod, var, std = ops.sum, ops.mean, ops.max, ops.min, ops.prod, ops.var, ops.std
+    logsumexp, softmax, log_softmax, cumsum = ops.logsumexp, ops.softmax, ops.log_softmax, ops.cumsum
+    argmax, argmin, gather, scatter_add = ops.argmax, ops.argmin, ops.gather, ops.scatter_add
+    reshape, transpose, swapaxes, squeeze, unsqueeze = ops.reshape, ops.transpose, ops.swapaxes, ops.squeeze, ops.unsqueeze
+    broadcast_to, expand, flip, tril, triu = ops.broadcast_to, ops.expand, ops.flip, ops.tril, ops.triu
+    split, chunk = ops.split, ops.chunk
 
     # -- NumPy's functions on tensors (NEP 13 and NEP 18)
 
