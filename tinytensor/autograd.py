@@ -111,7 +111,7 @@ class Leaf:
 class Node:
     """One recorded operation: where its inputs came from and what its derivative needs. Holds no tensor."""
 
-    __slots__ = ("edges", "grad", "hooks", "op", "origin", "params", "serial", "values", "vjp")
+    __slots__ = ("code", "edges", "grad", "hooks", "instruction", "op", "params", "serial", "values", "vjp")
 
     def __init__(self, op: type[Op], params: dict[str, Any], edges: list[Any], values: list[Any], vjp: Any) -> None:
         self.op = op
@@ -120,15 +120,20 @@ class Node:
         self.values: list[Any] | None = values  # [y, *inputs]; None once a backward pass has used them
         self.vjp = vjp  # the kernel's vjp when a kernel ran forward, else None
         self.serial = next(writes.serial)
-        self.origin = writes.caller(3)
+        self.code, self.instruction = writes.line(3)
         self.grad: Any = None  # None, or True then the gradient, after retain_grad
         self.hooks: list[Callable[[Any], Any]] | None = None
+
+    @property
+    def origin(self) -> writes.Origin:
+        """The user's line that made this node."""
+        return writes.Origin(self.code, self.instruction)
 
     def __reduce__(self) -> Any:
         raise TypeError(f"a result of {self.op.name} is not copied or pickled together with its graph; use detach()")
 
-    def shares(self, g: Any, create_graph: bool) -> list[tuple[Any, Any]]:
-        """The gradients that g = ∂L/∂y sends to the inputs, as (node, gradient) pairs."""
+    def pull(self, g: Any, create_graph: bool, send: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:
+        """Call send(node, share) for each input (only those in `wanted`) with what g = ∂L/∂y sends to it."""
         values = self.values
         if values is None:
             raise RuntimeError(
@@ -148,20 +153,23 @@ class Node:
             gradients = self.op.vjp(g, *values, **self.params)
         if type(gradients) is not tuple:
             gradients = (gradients,)
-        pairs = []
+        edges = self.edges
+        if len(gradients) != len(edges):
+            raise ValueError(f"vjp of {self.op.name} at {self.origin}: {len(gradients)} gradients for {len(edges)} inputs")
         place = 0
-        for edge, share in zip(self.edges, gradients, strict=True):
+        for edge in edges:
+            share = gradients[place]
             place += 1
-            if edge is None:
+            if edge is None or (wanted is not None and edge not in wanted):
                 continue
-            kind = type(share)
-            if kind is Into:
-                pairs.append((edge, share))
-                continue
-            if kind is not np.ndarray and callable(share):
-                share = share()
-            if share is None:
-                continue
+            if type(share) is not np.ndarray:
+                if type(share) is Into:
+                    send(edge, share)
+                    continue
+                if callable(share):
+                    share = share()
+                if share is None:
+                    continue
             value = values[place]
             if share.shape != value.shape:
                 try:
@@ -170,8 +178,7 @@ class Node:
                     raise ValueError(f"vjp of {self.op.name} at {self.origin}: {error}") from None
             if share.dtype is not value.dtype and share.dtype != value.dtype:  # identity settles almost all
                 share = share.astype(value.dtype)
-            pairs.append((edge, share))
-        return pairs
+            send(edge, share)
 
     def _check_unwritten(self, values: list[Any]) -> None:
         params = [p for param in self.params.values() for p in (param if isinstance(param, tuple) else (param,))]
@@ -268,7 +275,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             y = op.forward(np if device == "cpu" else backend.xp_for(device), *arrays, **params)
     except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
         raise _explained(op, arrays, error) from None
-    if isinstance(y, np.generic):
+    if type(y) is not np.ndarray and isinstance(y, np.generic):
         y = np.asarray(y)
     if y.dtype is _FLOAT64 and "dtype" not in params and not any(getattr(a, "dtype", _FLOAT32) == _FLOAT64 for a in arrays):
         y = y.astype(backend.default_dtype)
@@ -280,9 +287,13 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
     unsaved = cache.get((bit, wanted))  # bit says how many inputs there are
     if unsaved is None:
         unsaved = cache[bit, wanted] = op.unsaved(len(arrays), wanted, kernel)
+    spec = None
     for i in unsaved:
-        if type(values[i]) not in _SCALARS:
-            values[i] = Spec(values[i])
+        value = values[i]
+        if type(value) not in _SCALARS:
+            if spec is None or value.shape != spec.shape or value.dtype is not spec.dtype:
+                spec = Spec(value)
+            values[i] = spec
     vjp = None if kernel is None else kernel.vjp if residual is None else _Residual(kernel.vjp, residual)
     return Value.result_type(y, Node(op, params, edges, values, vjp))
 
@@ -376,7 +387,7 @@ def sweep(
         old = total.get(node)
         if old is None:
             if type(g) is Into:
-                g = g.add(slot_of(node) if slot_of is not None and isinstance(node, Leaf) else None, True)
+                g = g.add(slot_of(node) if slot_of is not None and node.op is None else None, True)
                 owned.add(node)
             total[node] = g
             heapq.heappush(heap, (-node.serial, node))
@@ -392,6 +403,7 @@ def sweep(
 
     for node, g in roots:
         add(node, g)
+    free = not (retain_graph or create_graph)
     with set_grad_enabled(create_graph):
         while heap:
             node = heapq.heappop(heap)[1]
@@ -399,15 +411,13 @@ def sweep(
             if node.hooks is not None:
                 for hook in node.hooks:
                     g = _hooked(hook, g, create_graph)
-            if isinstance(node, Leaf):
+            if node.op is None:
                 arrived(node, g, node in owned and node.hooks is None)
                 continue
             if node.grad is not None or (wanted is not None and node in wanted):
                 arrived(node, g, False)
-            for edge, share in node.shares(g, create_graph):
-                if on_the_way is None or edge in on_the_way:
-                    add(edge, share)
-            if not (retain_graph or create_graph):
+            node.pull(g, create_graph, add, on_the_way)
+            if free:
                 node.values = node.vjp = None
 
 

@@ -138,13 +138,15 @@ class _Replay(Node):
     f: Callable[..., Tensor]
     opaque = True  # what f closes over (its parameters) is not among the edges
 
-    def shares(self, g: Any, create_graph: bool) -> list[tuple[Any, Any]]:
+    def pull(self, g: Any, create_graph: bool, send: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:
         if self.values is None:
-            return super().shares(g, create_graph)  # raises: freed
+            super().pull(g, create_graph, send, wanted)  # raises: freed
+            return
         self._check_unwritten([v.data for v in self.values if isinstance(v, Value)])
         with autograd.enable_grad():
             y = self.f(*self.values[1:])
-        return [] if y.node is None else [(y.node, g)]
+        if y.node is not None:
+            send(y.node, g)
 
 
 def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:

@@ -33,12 +33,17 @@ class Origin(NamedTuple):
         return f"{self.code.co_filename}:{next(lines, None) or self.code.co_firstlineno}"
 
 
-def caller(depth: int = 1) -> Origin:
-    """The innermost line outside this package that led here; the nearest `depth` calls are known to be inside."""
+def line(depth: int = 1) -> tuple[CodeType, int]:
+    """What Origin needs of the innermost line outside this package; the nearest `depth` calls are known to be inside."""
     frame = sys._getframe(depth)
     while frame.f_globals.get("__name__", "")[:10] == "tinytensor" and frame.f_back is not None:
         frame = frame.f_back
-    return Origin(frame.f_code, frame.f_lasti)
+    return frame.f_code, frame.f_lasti
+
+
+def caller() -> Origin:
+    """The innermost line outside this package that led here."""
+    return Origin(*line(2))
 
 
 class Write(NamedTuple):
