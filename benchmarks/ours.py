@@ -65,7 +65,7 @@ def gemm_peak(model: dict[str, Any], rows: int) -> Callable[[], float]:
 
 def write(model: dict[str, Any], tokens: int) -> Callable[[], None]:
     """Generate tokens from a one-token prompt with the KV cache."""
-    gpt = GPT(GPTConfig(**model)).eval()
+    gpt = GPT(GPTConfig(**model)).for_sampling()
 
     def run() -> None:
         for _ in generate(gpt, np.zeros(1, np.int64), tokens, Sampling(temperature=1.0)):

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -181,6 +182,44 @@ def generate(report: Report, rounds: int) -> None:
         rows,
         {r.name: r.seconds for r in results},
     )
+
+
+def scaling(report: Report, rounds: int, plot: Path | None) -> None:
+    """What a step costs as the batch, the depth and the context grow, three points each, and how far that is from a line."""
+    base = {**MODELS["nanogpt-cpu"], "n_embd": 192, "n_head": 6}
+    series: list[tuple[str, str, list[tuple[int, dict[str, Any]]]]] = [
+        ("sequences", "ms", [(n, {"model": base, "rows": n}) for n in (16, 32, 64)]),
+        ("layers", "ms", [(n, {"model": {**base, "n_layer": n}, "rows": 16}) for n in (4, 8, 16)]),
+        ("context", "MB", [(n, {"model": {**base, "block_size": n}, "rows": 2}) for n in (512, 1024, 2048)]),
+    ]
+    rows, lines = [], []
+    for what, unit, points in series:
+        results = compare([Peer(f"{what} {n}", "ours:step", work) for n, work in points], rounds, 1, 2, report.progress)
+        sizes = [float(n) for n, _ in points]
+        costs = [r.median * 1e3 if unit == "ms" else r.peak_memory / 1e6 for r in results]
+        slope, start = np.polyfit(sizes, costs, 1)
+        off = max(abs(c / (start + slope * n) - 1) for n, c in zip(sizes, costs, strict=True))
+        measured = ", ".join(f"{n:.0f}: {c:,.0f} {unit}" for n, c in zip(sizes, costs, strict=True))
+        rows.append([what, measured, f"{start:,.0f} + {slope:.3g} · {what}", f"{off:.1%}"])
+        lines.append({"what": what, "unit": unit, "sizes": sizes, "costs": costs, "start": start, "slope": slope})
+    title = "scaling: a step of 4 layers of 192, 16 × 64 tokens (context: peak memory, 2 sequences), one thing grown at a time"
+    report.add(title, ["", "measured", "line", "furthest from it"], rows, lines)
+    if plot:
+        _plot_lines(lines, plot)
+
+
+def _plot_lines(lines: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    for axes, line in zip(figure.subplots(1, len(lines)), lines, strict=True):
+        sizes = np.array([0, *line["sizes"]])
+        axes.plot(sizes, line["start"] + line["slope"] * sizes, color="0.7", label="straight line")
+        axes.plot(line["sizes"], line["costs"], "o", color="tab:blue", label="measured")
+        axes.set(xlabel=line["what"], ylabel="ms per step" if line["unit"] == "ms" else "peak memory, MB", xlim=0, ylim=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=120)
 
 
 def quick(report: Report, rounds: int) -> None:

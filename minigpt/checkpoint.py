@@ -39,10 +39,10 @@ class Checkpoint:
     text_sha256: str
 
     def build_model(self) -> GPT:
-        """The model of this checkpoint, with its weights, in evaluation mode."""
+        """The model of this checkpoint, with its weights, ready to speak."""
         model = GPT(self.config.model(self.tokenizer.vocab_size))
         model.load_state_dict(self.model)
-        return model.eval()
+        return model.for_sampling()
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

@@ -80,7 +80,7 @@ def generate(
     context = np.asarray(ids, np.int64).reshape(-1)
     if context.size == 0:
         raise ValueError("the prompt is empty; give at least one token")
-    block, was_training = model.config.block_size, model.training
+    block = model.config.block_size
     p0 = next(model.parameters())
     cache = KVCache(model.config, 1, p0.dtype, p0.device) if use_cache else None
     fed = 0  # tokens of the context that the cache holds
@@ -88,10 +88,13 @@ def generate(
         if cache is not None and context.size > block:
             cache = None
         window = context[-block:] if cache is None else context[fed:]
-        model.eval()
+        was_training = model.training  # restored before each yield: the caller may train between two tokens
+        if was_training:
+            model.eval()
         with tt.no_grad():
             logits = model.head(model.features(window[None], cache)[:, -1]).numpy()[0]
-        model.train(was_training)
+        if was_training:
+            model.train()
         fed = context.size
         u = random.uniform(random.Key(sampling.seed, "sample", step=sample, micro_step=position), (), np.dtype(np.float64))
         cumulative = np.cumsum(sampling.probabilities(logits, context))

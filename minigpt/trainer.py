@@ -108,7 +108,9 @@ class Trainer:
             prompt = self.tokenizer.encode("\n")
         except ValueError:  # a text of one line
             prompt = self.data.val[:1]
-        ids = generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed))
+        self.model.eval()
+        ids = list(generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed)))
+        self.model.train()
         return self.tokenizer.decode(ids)
 
     def save(self) -> None:

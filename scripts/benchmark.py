@@ -1,4 +1,4 @@
-"""Measure tinytensor beside its peers: `python scripts/benchmark.py [step | ops | generate | quick | imports | all]`."""
+"""Measure tinytensor beside its peers: `python scripts/benchmark.py step`, or `ops`, `generate`, …, or all of them."""
 
 import sys
 from pathlib import Path
@@ -11,12 +11,13 @@ from benchmarks import suite
 
 
 def main(
-    what: tyro.conf.Positional[Literal["step", "ops", "generate", "quick", "imports", "all"]] = "all",
+    what: tyro.conf.Positional[Literal["step", "ops", "generate", "scaling", "quick", "imports", "all"]] = "all",
     rounds: int = 12,
     compiled: bool = True,
     bf16: bool = True,
     json: Path | None = None,
     markdown: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Interleaved measurements, each peer in its own process; medians, spread, and ratios round by round.
 
@@ -27,6 +28,7 @@ def main(
         bf16: also measure torch with bfloat16 autocast.
         json: write all times there.
         markdown: write the tables there.
+        plot: draw `scaling` there, a PNG.
     """
     report = suite.Report()
     for name, value in suite.machine().items():
@@ -37,6 +39,8 @@ def main(
         suite.ops(report, rounds)
     if what in ("generate", "all"):
         suite.generate(report, rounds)
+    if what in ("scaling", "all"):
+        suite.scaling(report, rounds, plot)
     if what in ("imports", "all"):
         suite.imports(report, rounds)
     if what in ("quick", "all"):

@@ -25,13 +25,26 @@ R = TypeVar("R")
 
 
 def cpu_threads() -> int:
-    """Threads to use: TINYTENSOR_NUM_THREADS, or the cores that this process may run on."""
+    """Threads to use: TINYTENSOR_NUM_THREADS, or this process's share of the cores that it may run on.
+
+    Where an MPI launcher started several processes on this machine and gave them all the same cores, each takes its part.
+    """
     given = os.environ.get("TINYTENSOR_NUM_THREADS")
     if given is not None:
         if not given.isdigit() or int(given) < 1:
             raise ValueError(f"TINYTENSOR_NUM_THREADS={given!r} must be a whole number of at least 1")
         return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    everything = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
+    return max(1, cores // _neighbours()) if cores == everything else cores
+
+
+def _neighbours() -> int:
+    """How many processes the MPI launcher says it started on this machine, this one included."""
+    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    return 1
 
 
 def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:

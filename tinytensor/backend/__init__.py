@@ -108,7 +108,10 @@ def byte_bounds(array: Array) -> tuple[int, int]:
 def is_basic_index(index: Any) -> bool:
     """Whether the index names each element at most once, so that plain assignment adds."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all(p is None or p is Ellipsis or isinstance(p, int | np.integer | slice) for p in parts)
+    for p in parts:
+        if not (type(p) is slice or type(p) is int or p is None or p is Ellipsis or isinstance(p, int | np.integer)):
+            return False
+    return True
 
 
 class Into:

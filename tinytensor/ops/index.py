@@ -146,8 +146,10 @@ def embedding(weight: Any, ids: Any) -> Tensor:
 
 def plain_index(index: Any) -> Any:
     """An index with its tensors and lists turned into arrays."""
+    if type(index) is slice or type(index) is int:
+        return index
     if isinstance(index, tuple):
-        return tuple(plain_index(i) for i in index)
+        return tuple([plain_index(i) for i in index])
     if isinstance(index, Value):
         index = index.data
     elif isinstance(index, list):
