@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minigpt.facts import peak_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -105,13 +107,6 @@ def _ask(process: subprocess.Popen[str], line: str | None) -> dict[str, Any]:
     except BrokenPipeError:
         answer = ""
     return json.loads(answer) if answer else {"error": f"its process ended with status {process.wait()}"}
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _work() -> None:

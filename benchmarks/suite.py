@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from rich.table import Table
 
 from benchmarks.fused import SHAPES
 from benchmarks.harness import ROOT, Peer, Result, compare, ratios
+from minigpt import facts
 from minigpt.config import PRESETS
-from minigpt.run import blas
 
 MODELS = {name: vars(PRESETS[name].model(65)) for name in ("nanogpt-cpu", "shakespeare")}
 CHOSEN = {"OPENBLAS_CORETYPE": ""}  # an empty value lets OpenBLAS choose, as if the variable were not there
@@ -61,24 +60,12 @@ class Report:
 
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
-    versions = []
-    for package in ("numpy", "torch", "jax", "mygrad", "autograd"):
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
+    versions = facts.versions("numpy", "torch", "jax", "mygrad", "autograd")
     return {
-        "CPU": f"{cpu}, {len(os.sched_getaffinity(0))} cores",
-        "BLAS of NumPy": blas(),
-        "versions": f"Python {platform.python_version()}, " + ", ".join(versions),
+        "CPU": f"{facts.processor()}, {len(os.sched_getaffinity(0))} cores",
+        "BLAS of NumPy": facts.blas(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def _ratio_cell(result: Result, ours: Result) -> str:

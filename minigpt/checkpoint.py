@@ -1,22 +1,33 @@
-"""A run on disk: one self-contained safetensors file per save. Loading executes nothing."""
+"""A run on disk: one self-contained safetensors file per save, sealed with a SHA-256. Loading executes nothing.
+
+A save writes a temporary file, flushes it to disk, and only then renames it; the last checkpoint becomes the previous one a
+moment before. So at any instant there is a whole checkpoint, and `load_newest` finds it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minigpt import tokenizer
+from minigpt import facts, tokenizer
 from minigpt.config import TrainConfig
 from minigpt.model import GPT
 
-SCHEMA = 1
-LAST, BEST = "last.safetensors", "best.safetensors"
-_PLAIN = ("step", "tokens", "seconds", "val_loss", "best_val_loss", "text_sha256")  # fields that are JSON as they are
+SCHEMA = 2
+LAST, PREVIOUS, BEST = KEPT = "last.safetensors", "previous.safetensors", "best.safetensors"
+# fields that are JSON as they are
+_PLAIN = ("step", "tokens", "seconds", "val_loss", "best_val_loss", "skipped", "text_sha256")
+
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -36,6 +47,7 @@ class Checkpoint:
     seconds: float
     val_loss: float
     best_val_loss: float
+    skipped: int  # updates left out for a loss or gradient that was not finite
     text_sha256: str
 
     def build_model(self) -> GPT:
@@ -46,26 +58,34 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write to a temporary file, flush it to disk, then rename: a crash leaves the old file or the new one, whole."""
+    """Write the file so that a crash or a full disk leaves the old one or the new one, whole."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     moments = {k: v for k, v in checkpoint.optimizer.items() if k not in ("steps", "param_groups")}
     tensors = {f"model.{name}": array for name, array in checkpoint.model.items()}
     for moment, arrays in moments.items():
         tensors.update({f"optimizer.{moment}.{i}": array for i, array in enumerate(arrays)})
-    state = {
-        "schema": SCHEMA,
-        "config": checkpoint.config.to_dict(),
-        "tokenizer": checkpoint.tokenizer.to_dict(),
-        "optimizer": {k: checkpoint.optimizer[k] for k in ("steps", "param_groups")} | {"moments": sorted(moments)},
-        **{k: getattr(checkpoint, k) for k in _PLAIN},
-    }
+    state = json.dumps(
+        {
+            "schema": SCHEMA,
+            "config": checkpoint.config.to_dict(),
+            "tokenizer": checkpoint.tokenizer.to_dict(),
+            "optimizer": {k: checkpoint.optimizer[k] for k in ("steps", "param_groups")} | {"moments": sorted(moments)},
+            "versions": facts.versions("minigpt-shakespeare", "numpy", "safetensors"),
+            **{k: getattr(checkpoint, k) for k in _PLAIN},
+        }
+    )
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata={"minigpt": json.dumps(state)})
+        save_file(tensors, temporary, metadata={"minigpt": state, "sha256": _seal(state, tensors)})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}); the save before it is whole: go on with --resume") from None
     finally:
         temporary.unlink(missing_ok=True)  # there is one only after a failure
     folder = os.open(path.parent, os.O_RDONLY)
@@ -73,6 +93,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _seal(state: str, tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of all that a checkpoint says: its description, and each tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
@@ -84,20 +114,57 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error!r}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The description and the arrays of a file, which `save` may have written."""
+def load_newest(folder: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run, with a warning about every newer one that is damaged."""
+    paths = sorted(saved_in(folder), key=lambda path: (path.name == LAST, _step(path)), reverse=True)
+    return _first_whole(paths, folder)
+
+
+def _first_whole(paths: list[Path], folder: Path) -> Checkpoint:
+    for i, path in enumerate(paths, 1):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            if i == len(paths):
+                raise
+            log.warning("warning: %s; trying %s", error, paths[i].name)
+    raise CheckpointError(f"{folder} holds no checkpoint ({', '.join(KEPT)})")
+
+
+def _step(path: Path) -> int:
+    """The step that a checkpoint says it is of, unverified; −1 where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            state = json.loads((file.metadata() or {}).get("minigpt", "null"))
+            return int(json.loads((file.metadata() or {})["minigpt"])["step"])
+    except (SafetensorError, LookupError, TypeError, ValueError, OSError):
+        return -1
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays of a file that `save` has written, and nobody changed since."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            text = metadata.get("minigpt", "null")
+            state = json.loads(text)
             if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
                 raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of minigpt")
-            if state["schema"] > SCHEMA:
-                raise CheckpointError(f"{path} has schema {state['schema']}, this program reads up to {SCHEMA}; update it")
-            return state, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            if state["schema"] != SCHEMA:
+                newer = state["schema"] > SCHEMA
+                raise CheckpointError(
+                    f"{path} has schema {state['schema']}, this program reads {SCHEMA}; "
+                    + ("update the program" if newer else "load it with the version that wrote it")
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from None
+    if _seal(text, tensors) != metadata.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its content does not match the SHA-256 stored in it")
+    return state, tensors
 
 
 def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
@@ -113,19 +180,22 @@ def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoi
     )
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
-    """The run folder below `root` whose checkpoint was written last."""
-    saves = [p for p in root.glob(f"*/{LAST}") if p.is_file()]
-    if not saves:
-        raise CheckpointError(f"no run with a checkpoint below {root}/; train one with: python scripts/train.py quick")
-    return max(saves, key=lambda p: p.stat().st_mtime).parent
+def saved_in(folder: Path) -> list[Path]:
+    """The checkpoints that a folder holds, those written last in a run first."""
+    return [folder / name for name in KEPT if (folder / name).is_file()]
+
+
+def newest_run(root: Path = Path("runs"), named: Callable[[str], bool] = lambda _: True, what: str = "run") -> Path:
+    """The run folder below `root`, of those whose name fits, whose checkpoint was written last."""
+    runs = [folder for folder in root.glob("*") if named(folder.name) and saved_in(folder)]
+    if not runs:
+        raise CheckpointError(f"no {what} with a checkpoint below {root}/; train one with: python scripts/train.py quick")
+    return max(runs, key=lambda folder: saved_in(folder)[0].stat().st_mtime)
 
 
 def load_run(folder: Path) -> Checkpoint:
-    """The best checkpoint of a run folder (or the file itself, when given one)."""
+    """The best checkpoint of a run folder, or another where that is damaged or missing; or the file itself, when given one."""
     if folder.is_file():
         return load(folder)
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return load(folder / name)
-    raise CheckpointError(f"{folder} holds no checkpoint ({BEST} or {LAST})")
+    paths = sorted(saved_in(folder), key=lambda path: path.name == BEST, reverse=True)
+    return _first_whole(paths, folder)

@@ -108,6 +108,10 @@ class TrainConfig:
 
     eval_interval: int = 100
     """steps between evaluations on the whole validation split, each with a checkpoint and a sample"""
+    save_interval: int | None = None
+    """steps between checkpoints, besides those at evaluations"""
+    max_skipped: int = 10
+    """updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops"""
     sample_tokens: int = 300
     """tokens of verse to print at each evaluation (0 for none)"""
     seed: int = 1337
@@ -119,12 +123,19 @@ class TrainConfig:
     shards: int | None = None
     """parts that a micro-batch is cut into, each computed by one thread; dropout masks and rounding depend on it, not on the
     threads. By default one for 1,024 tokens, and at least two; more keep more cores busy"""
+    rank_timeout: int = 600
+    """seconds without a step after which a job of several processes ends, because one of them hangs"""
+    wandb: bool = True
+    """mirror the run to Weights & Biases, where that is installed and logged in"""
     resume: bool = False
     """go on from the last checkpoint of out_dir, by default of the preset's newest run, with that run's settings and any flags
     given here (another max_steps draws the schedule anew)"""
+    prove_resume: bool = False
+    """instead of training: kill and resume a small run, and compare it bit for bit with one that was left alone"""
 
     def __post_init__(self) -> None:
         _check_whole(self, max_steps=1, micro_batch=1, accumulation=1, eval_interval=1, sample_tokens=0, seed=0, warmup_steps=0)
+        _check_whole(self, max_skipped=1, rank_timeout=1)
         for name, low, high in (
             ("lr", 0, math.inf),
             ("min_lr", 0, math.inf),
@@ -136,7 +147,7 @@ class TrainConfig:
             _require(low <= value < high, f"{name}={value} must be at least {low} and below {high}")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive; use inf for no clipping")
         _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} must not be above lr={self.lr}")
-        _check_whole(self, **{name: 1 for name in ("threads", "shards") if getattr(self, name) is not None})
+        _check_whole(self, **{name: 1 for name in ("threads", "shards", "save_interval") if getattr(self, name) is not None})
         self.model(vocab_size=1)
 
     def model(self, vocab_size: int) -> GPTConfig:

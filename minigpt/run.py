@@ -2,61 +2,154 @@
 
 from __future__ import annotations
 
-import os
-import re
+import math
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tinytensor as tt
-from minigpt import checkpoint
+from minigpt import checkpoint, facts, folder
 from minigpt.checkpoint import Checkpoint, CheckpointError
 from minigpt.config import TrainConfig
 from minigpt.corpus import Corpus, load_corpus, read_text
-from minigpt.tracking import CURVE, METRICS, PLAIN, Tracker, duration, plot
+from minigpt.curve import plot
+from minigpt.distributed import ranks
+from minigpt.tracking import Quiet, Tracker, duration
 from minigpt.trainer import Trainer
+from tinytensor import parallel
 
-RUNS, DATA = Path("runs"), Path("data")
+DATA = Path("data")
 
 
-def run(config: TrainConfig) -> Path:
-    """Train as `config` says; return the folder of the run. Everything is checked before the first file is written."""
+class Stopped(Exception):
+    """The run was asked to stop; it has saved, and can be resumed."""
+
+
+def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
+    """Train as `config` says; return the folder of the run. Everything is checked before the first file is written.
+
+    `saved` is the checkpoint to resume, for a caller who has read it already.
+    """
     tt.backend.xp_for(config.device)
-    corpus = read_text(config.data) if config.data else load_corpus(config.source, DATA)
-    saved = None
-    if config.resume:
-        out_dir = _resumed_folder(config)
-        saved = checkpoint.load(out_dir / checkpoint.LAST)
-        _check_resumable(out_dir, saved, config, corpus)
-    else:
-        out_dir = _fresh_folder(config)
-    config = replace(config, out_dir=out_dir, resume=False, shards=config.resolved_shards())
-    trainer = Trainer(config, corpus, out_dir, saved)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
-        tracker.header(header(trainer))
-        trainer.train(tracker)
-    title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {corpus.source}"
-    plot(out_dir / METRICS, out_dir / CURVE, title)
-    opening = "ROMEO:" if not set("ROMEO:") - set(corpus.text) else corpus.text.split(maxsplit=1)[0]
-    where = "" if out_dir.parent == RUNS else f' --run "{out_dir}"'
-    tracker.console.print(
-        f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
-        f"model, metrics, curve and samples are in {out_dir}\n"
-        f'more verse: python scripts/generate.py{where} --prompt "{opening}"',
-        **PLAIN,
-    )
+    cores = config.threads or parallel.cpu_threads()
+    with parallel.blas_threads(cores), ranks(config.device, config.rank_timeout) as job:
+        corpus = job.first(lambda: read_text(config.data) if config.data else load_corpus(config.source, DATA))
+        out_dir = job.first(lambda: folder.to_resume(config) if config.resume else folder.fresh(config))
+        if config.resume:
+            saved = saved or checkpoint.load_newest(out_dir)
+            _check_resumable(out_dir, saved, config, corpus)
+        config = replace(config, out_dir=out_dir, resume=False, shards=config.resolved_shards())
+        trainer = Trainer(config, corpus, out_dir, saved, job)
+        with trainer.stop:
+            if job.rank:
+                finished = trainer.train(Quiet())
+            else:
+                with folder.locked(out_dir):
+                    finished = _report(trainer)
+    if not finished:
+        raise Stopped(out_dir)
     return out_dir
 
 
-def resumed_config(config: TrainConfig) -> TrainConfig:
-    """The settings of the run that `config` asks to resume: the defaults for the flags given with --resume."""
-    out_dir = _resumed_folder(config)
-    return replace(checkpoint.load(out_dir / checkpoint.LAST).config, out_dir=out_dir, resume=True)
+def _report(trainer: Trainer) -> bool:
+    """Train, and tell about it: what rank 0 does."""
+    config, out_dir = trainer.config, trainer.out_dir
+    finished = trainer.step >= config.max_steps
+    with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
+        tracker.header(header(trainer))
+        if not finished:
+            with _recorded(trainer, tracker):
+                finished = trainer.train(tracker)
+    title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {trainer.corpus.source}"
+    plot(out_dir / folder.METRICS, out_dir / folder.CURVE, title)
+    here = out_dir.parent == folder.RUNS
+    if finished:
+        text = trainer.corpus.text
+        opening = "ROMEO:" if not set("ROMEO:") - set(text) else text.split(maxsplit=1)[0]
+        where = "" if here else f' --run "{out_dir}"'
+        tracker.say(
+            f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
+            f"model, metrics, curve and samples are in {out_dir}\n"
+            f'more verse: python scripts/generate.py{where} --prompt "{opening}"'
+        )
+    else:
+        where = "" if here else f' --out-dir "{out_dir}"'
+        tracker.say(
+            f"stopped by {_stopper(trainer)} after step {trainer.step}, which is saved in {out_dir}\n"
+            f"to go on: python scripts/train.py {config.preset} --resume{where}"
+        )
+    return finished
+
+
+def _stopper(trainer: Trainer) -> str:
+    return trainer.stop.received or "another rank"
+
+
+@contextmanager
+def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
+    """Keep run.json, and its mirror, true: what the run is when it begins, how it ended and where its time went."""
+    config, out_dir, first = trainer.config, trainer.out_dir, trainer.step
+    record = folder.read_record(out_dir) or {"id": secrets.token_hex(4), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    record |= {
+        "status": "running",
+        "config": config.to_dict(),
+        "parameters": trainer.model.config.parameter_count(),
+        "text": {"source": trainer.corpus.source, "sha256": trainer.corpus.sha256},
+        "ranks": trainer.ranks.size,
+        "threads": trainer.threads,
+        **facts.all_of_them(),
+    }
+    folder.write_record(out_dir, record)
+    if config.wandb:
+        from minigpt.mirror import Mirror
+
+        tracker.mirror = Mirror(record["id"], out_dir.name, record["config"], out_dir, tracker.say)
+    try:
+        yield
+        record["status"] = "complete" if trainer.step == config.max_steps else f"stopped by {_stopper(trainer)}"
+    except BaseException as error:
+        record["status"] = f"failed: {error or repr(error)}"
+        raise
+    finally:
+        record["summary"] = _summary(trainer, trainer.step - first)
+        folder.write_record(out_dir, record)
+        tracker.say(f"time: {trainer.clock.summary()}; {_speed(trainer, trainer.step - first)}")
+        if tracker.mirror:
+            tracker.mirror.close(0 if record["status"] == "complete" else 1, record["summary"])
+
+
+def _summary(trainer: Trainer, steps: int) -> dict[str, Any]:
+    """How a run ended, and where the time of its last `steps` steps went."""
+    losses = {"val_loss": trainer.val_loss, "best_val_loss": trainer.best_val_loss}
+    return {
+        "step": trainer.step,
+        **{name: loss if math.isfinite(loss) else None for name, loss in losses.items()},
+        "seconds": round(trainer.seconds, 3),
+        "skipped": trainer.skipped,
+        "steps_timed": steps,
+        "seconds_by_phase": {name: round(s, 3) for name, s in trainer.clock.seconds.items()},
+        "peak_memory": facts.peak_memory(),
+    }
+
+
+def _speed(trainer: Trainer, steps: int) -> str:
+    """The rate of the training steps, without evaluations and checkpoints, and what it is of the machine's."""
+    spent = sum(s for name, s in trainer.clock.seconds.items() if name not in ("evaluation", "checkpoint"))
+    tokens = steps * trainer.config.tokens_per_step / spent if spent else 0.0
+    rate = tokens * trainer.model.config.flops_per_token()
+    peak = facts.gemm_peak() * trainer.ranks.size if trainer.config.device == "cpu" else 0.0
+    share = f", {rate / peak:.0%} of the matrix product's" if peak else ""
+    return f"{tokens:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s{share}; at most {facts.peak_memory() / 1e6:,.0f} MB"
 
 
 def header(trainer: Trainer) -> dict[str, str]:
     """What this run is, for the terminal."""
     config, model, corpus = trainer.config, trainer.model.config, trainer.corpus
+    cores = f"{trainer.threads} threads" + (f" on each of {trainer.ranks.size} ranks" if trainer.ranks.size > 1 else "")
     return {
         "run": f"{config.preset} → {trainer.out_dir}" + (f", resumed at step {trainer.step}" if trainer.step else ""),
         "text": f"{corpus.source}, {len(corpus.text):,} characters, SHA-256 {corpus.sha256[:12]}…",
@@ -64,20 +157,8 @@ def header(trainer: Trainer) -> dict[str, str]:
         f"vocabulary {model.vocab_size}: {model.parameter_count():,} parameters",
         "step": f"{config.micro_batch} × {config.accumulation} sequences = {config.tokens_per_step:,} tokens, "
         f"{model.flops_per_token() * config.tokens_per_step / 1e9:,.0f} GFLOP; {config.max_steps:,} steps",
-        "device": f"{config.device}, {blas()}",
+        "device": f"{config.device}, {cores}, {facts.blas()}",
     }
-
-
-def blas() -> str:
-    """Which matrix kernels run, with a warning when the environment forces them."""
-    from threadpoolctl import threadpool_info
-
-    libraries = [p for p in threadpool_info() if p["user_api"] == "blas"]
-    text = ", ".join(
-        f"{p['internal_api']} {p['version']} {p.get('architecture', '')} kernels, {p['num_threads']} threads" for p in libraries
-    )
-    forced = os.environ.get("OPENBLAS_CORETYPE")
-    return text + (f"; OPENBLAS_CORETYPE={forced} forces these, unset it to let OpenBLAS choose" if forced else "")
 
 
 def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corpus: Corpus) -> None:
@@ -96,28 +177,3 @@ def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corp
         raise CheckpointError(
             f"{out_dir} was trained on another text than {corpus.path} (the hashes differ); name its text with --data"
         )
-
-
-def _fresh_folder(config: TrainConfig) -> Path:
-    """A folder that holds no run yet: the one asked for, or the next free runs/PRESET, runs/PRESET-2, …"""
-    if config.out_dir is not None:
-        if any((config.out_dir / name).exists() for name in (checkpoint.LAST, METRICS)):
-            raise ValueError(f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out-dir")
-        return config.out_dir
-    folder, number = RUNS / config.preset, 2
-    while folder.exists():
-        folder, number = RUNS / f"{config.preset}-{number}", number + 1
-    return folder
-
-
-def _resumed_folder(config: TrainConfig) -> Path:
-    """The run to go on with: the folder given, or the newest run of the preset."""
-    if config.out_dir is not None:
-        if not (config.out_dir / checkpoint.LAST).exists():
-            raise CheckpointError(f"{config.out_dir} holds no checkpoint to resume; leave out --resume to start a run there")
-        return config.out_dir
-    own = re.compile(re.escape(config.preset) + r"(-\d+)?")
-    runs = [p.parent for p in RUNS.glob(f"*/{checkpoint.LAST}") if own.fullmatch(p.parent.name)]
-    if not runs:
-        raise CheckpointError(f"no run of preset {config.preset} to resume below {RUNS}/; name its folder with --out-dir")
-    return max(runs, key=lambda p: (p / checkpoint.LAST).stat().st_mtime)

@@ -2,92 +2,175 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import tinytensor as tt
 from minigpt import checkpoint
 from minigpt.checkpoint import Checkpoint
+from minigpt.clock import Clock
 from minigpt.config import TrainConfig
 from minigpt.corpus import Corpus
 from minigpt.data import Dataset
+from minigpt.distributed import Ranks
 from minigpt.model import GPT
 from minigpt.sampling import Sampling, generate
 from minigpt.schedule import warmup_cosine
+from minigpt.signals import StopRequest
 from minigpt.tokenizer import make_tokenizer
-from minigpt.tracking import Tracker
+from minigpt.tracking import Quiet
 from tinytensor import optim, parallel, random
+
+_COMPARE_EVERY = 200  # steps between two comparisons of all ranks' weights
+
+
+class Step(NamedTuple):
+    """What one optimiser step was: mean loss, gradient norm before clipping, and whether any rank was asked to stop."""
+
+    loss: float
+    norm: float
+    stop: bool
 
 
 class Trainer:
     """One run: the model, its data, its optimiser, and the step it has reached."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, out_dir: Path, resumed: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        out_dir: Path,
+        resumed: Checkpoint | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config, self.corpus, self.out_dir = config, corpus, out_dir
+        self.ranks, self.stop = ranks or Ranks(), StopRequest()
         self.tokenizer = resumed.tokenizer if resumed else make_tokenizer(config.tokenizer, corpus.text)
         self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size)
+        self.shards = config.resolved_shards()
+        parts = config.accumulation * self.shards
+        self.mine = self.ranks.share(parts)
+        if not self.mine:
+            raise ValueError(
+                f"{self.ranks.size} ranks share {parts} shards, so some would have nothing to do; "
+                "start fewer, or raise --shards, --micro-batch or --accumulation"
+            )
+        cores = config.threads or parallel.cpu_threads()
+        self.threads = cores if parts == 1 else min(cores, len(self.mine))  # a single shard leaves the cores to BLAS
         with random.scope(config.seed):
             self.model = GPT(config.model(self.tokenizer.vocab_size)).to(config.device)
-        self.shards = config.resolved_shards()
         self.optimizer = optim.AdamW(
             self.model.parameter_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2)
         )
+        self.clock = Clock()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.skipped = self.skipped_in_a_row = 0
         self.val_loss = self.best_val_loss = math.inf
         if resumed:
             self.model.load_state_dict(resumed.model)
             # without the saved groups, for the hyper-parameters are those of `config`
             self.optimizer.load_state_dict(resumed.optimizer | {"param_groups": [{}] * len(self.optimizer.param_groups)})
             self.step, self.tokens, self.seconds = resumed.step, resumed.tokens, resumed.seconds
-            self.val_loss, self.best_val_loss = resumed.val_loss, resumed.best_val_loss
+            self.val_loss, self.best_val_loss, self.skipped = resumed.val_loss, resumed.best_val_loss, resumed.skipped
 
-    def train(self, tracker: Tracker) -> None:
-        """Train from the current step to max_steps."""
+    def train(self, tracker: Quiet) -> bool:
+        """Train from the current step to max_steps, or until asked to stop; whether max_steps was reached."""
         config = self.config
         started = time.perf_counter() - self.seconds
         if self.step == 0:
             self.save()  # so that a run that is stopped at any time can be resumed
         while self.step < config.max_steps:
             lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
-            loss, norm = self.train_step(lr)
+            made = self.train_step(lr)
             self.step += 1
             self.tokens += config.tokens_per_step
             self.seconds = time.perf_counter() - started
-            tracker.step(self.step, loss, lr, norm, self.tokens, self.seconds)
-            if self.step % config.eval_interval == 0 or self.step == config.max_steps:
+            evaluated = self.step % config.eval_interval == 0 or self.step == config.max_steps
+            if evaluated:
                 self.val_loss = self.evaluate()
+            tracker.step(self.row(made, lr, self.val_loss if evaluated else None))
+            if evaluated:
+                tracker.sample(self.step, self.sample())
+            if evaluated or made.stop or (config.save_interval and self.step % config.save_interval == 0):
                 self.seconds = time.perf_counter() - started
-                tracker.evaluation(self.step, self.val_loss, self.tokens, self.seconds, self.sample())
                 self.save()
+            if made.stop:
+                break
+        return self.step == config.max_steps
 
-    def train_step(self, lr: float) -> tuple[float, float]:
-        """One optimiser step on `accumulation` micro-batches; its loss and the gradient norm before clipping."""
-        config = self.config
+    def train_step(self, lr: float) -> Step:
+        """One optimiser step on `accumulation` micro-batches."""
+        config, clock = self.config, self.clock
+        self.ranks.alive()
         self.model.zero_grad()
-        losses = parallel.backward(self.shard_loss, range(config.accumulation * self.shards), config.threads)
-        norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        if not math.isfinite(sum(losses) + norm):  # before it reaches the weights
-            raise FloatingPointError(
-                f"the loss of step {self.step} is {sum(losses)} and its gradient norm {norm}; go on from the last checkpoint "
-                f"with --resume and a smaller --lr than {config.lr:g}"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return sum(losses), norm
+        with clock.phase("backward"):
+            losses = parallel.backward(self.shard_loss, self.mine, self.threads)
+        with clock.phase("exchange"):
+            told = self.ranks.gather([(losses, self.stop.received is not None)])
+            self.ranks.add_up(self.optimizer)
+        with clock.phase("optimiser"):
+            loss = sum(loss for losses, _ in told for loss in losses)
+            norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            if math.isfinite(loss + norm):
+                self.skipped_in_a_row = 0
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.optimizer.step()
+            else:  # the same numbers on every rank, so every rank leaves this update out
+                self._skip(loss, norm, lr)
+        if self.ranks.size > 1 and self.step % _COMPARE_EVERY == 0:
+            self._compare_ranks()
+        return Step(loss, norm, any(stopping for _, stopping in told))
+
+    def row(self, made: Step, lr: float, val_loss: float | None) -> dict[str, Any]:
+        """The line of metrics.jsonl for the step just made."""
+        return {
+            "step": self.step,
+            "train_loss": made.loss,
+            "val_loss": val_loss,
+            "lr": lr,
+            "grad_norm": made.norm,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "skipped": self.skipped,
+        }
 
     def shard_loss(self, shard: int) -> tt.Tensor:
         """The share of a step's mean loss that comes from one shard, a few rows of one of its micro-batches."""
         config = self.config
         micro_step, part = divmod(shard, self.shards)
-        x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
+        with self.clock.phase("data", self.threads):
+            x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
         rows = slice(part * len(x) // self.shards, (part + 1) * len(x) // self.shards)
-        with random.scope(config.seed, self.step, shard):
+        with self.clock.phase("forward", self.threads), random.scope(config.seed, self.step, shard):
             _, loss = self.model(x[rows], y[rows])
-        return loss * (y[rows].size / config.tokens_per_step)
+            return loss * (y[rows].size / config.tokens_per_step)
+
+    def _skip(self, loss: float, norm: float, lr: float) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {loss} and its gradient norm {norm}, the {self.skipped_in_a_row}th step in a "
+                f"row that is not finite; go on from the last checkpoint with --resume and a smaller --lr than {lr:g}"
+            )
+
+    def _compare_ranks(self) -> None:
+        """Stop when the ranks' weights differ, which no sequence of correct steps can make them do."""
+        names = [name for name, _ in self.model.named_parameters()]
+        hashes = [hashlib.sha256(tt.backend.to_device(p.data, "cpu").tobytes()).digest() for p in self.model.parameters()]
+        for rank, theirs in enumerate(self.ranks.gather([hashes])):
+            for name, own, other in zip(names, hashes, theirs, strict=True):
+                if own != other:
+                    raise RuntimeError(
+                        f"after step {self.step} the weights {name} of ranks {self.ranks.rank} and {rank} differ: a machine "
+                        "computes wrongly, or the ranks run different versions; go on from the last checkpoint with --resume"
+                    )
 
     def evaluate(self) -> float:
         """Mean loss in nats per token over the whole validation split."""
@@ -95,10 +178,12 @@ class Trainer:
         def total(batch: tuple[np.ndarray, np.ndarray]) -> float:
             return self.model(*batch)[1].item() * batch[1].size
 
+        self.ranks.alive()
         self.model.eval()
-        with tt.no_grad():
-            batches = self.data.validation(rows=max(1, 2048 // self.config.block_size))
-            totals = parallel.map(total, batches, self.config.threads)
+        with tt.no_grad(), self.clock.phase("evaluation"):
+            batches = list(self.data.validation(rows=max(1, 2048 // self.config.block_size)))
+            mine = [batches[i] for i in self.ranks.share(len(batches))]
+            totals = self.ranks.gather(parallel.map(total, mine, self.config.threads))
         self.model.train()
         return sum(totals) / (len(self.data.val) - 1)
 
@@ -108,8 +193,14 @@ class Trainer:
             prompt = self.tokenizer.encode("\n")
         except ValueError:  # a text of one line
             prompt = self.data.val[:1]
+
+        def write() -> list[int]:
+            return list(generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed)))
+
+        self.ranks.alive()
         self.model.eval()
-        ids = list(generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed)))
+        with self.clock.phase("evaluation"):
+            ids = self.ranks.first(write)
         self.model.train()
         return self.tokenizer.decode(ids)
 
@@ -117,18 +208,25 @@ class Trainer:
         """Write the last checkpoint, and the best when this is it."""
         best = self.val_loss < self.best_val_loss
         self.best_val_loss = min(self.best_val_loss, self.val_loss)  # in this order a NaN changes nothing
-        state = Checkpoint(
-            config=self.config,
-            tokenizer=self.tokenizer,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            step=self.step,
-            tokens=self.tokens,
-            seconds=self.seconds,
-            val_loss=self.val_loss,
-            best_val_loss=self.best_val_loss,
-            text_sha256=self.corpus.sha256,
-        )
-        # best first: whoever is killed in between goes on from the older last, and comes by here again
-        for name in (checkpoint.BEST, checkpoint.LAST) if best else (checkpoint.LAST,):
-            checkpoint.save(self.out_dir / name, state)
+
+        def write() -> None:
+            state = Checkpoint(
+                config=self.config,
+                tokenizer=self.tokenizer,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                step=self.step,
+                tokens=self.tokens,
+                seconds=self.seconds,
+                val_loss=self.val_loss,
+                best_val_loss=self.best_val_loss,
+                skipped=self.skipped,
+                text_sha256=self.corpus.sha256,
+            )
+            # best first: whoever is killed in between goes on from the older last, and comes by here again
+            for name in (checkpoint.BEST, checkpoint.LAST) if best else (checkpoint.LAST,):
+                checkpoint.save(self.out_dir / name, state)
+
+        self.ranks.alive()
+        with self.clock.phase("checkpoint"):
+            self.ranks.first(write)

@@ -118,6 +118,18 @@ class Optimizer:
         for buffer, _ in self._buffers:
             writes.record(buffer.data)
 
+    def flat_gradients(self) -> list[Array]:
+        """The gradients as they lie in memory, one array for each dtype and device: what several processes add up.
+
+        Writing there writes the parameters' .grad. A parameter that has none gets zeros.
+        """
+        for buffer, _ in self._buffers:
+            for p, slot, present in zip(buffer.parameters, buffer.slots, buffer.gather(), strict=True):
+                if not present and isinstance(p.node, Leaf):
+                    slot[...] = 0
+                    p.grad = Tensor(slot)
+        return [buffer.grad for buffer, _ in self._buffers]
+
     def _stretches(self, places: list[int], present: list[bool]) -> Iterator[tuple[int, int]]:
         """Longest runs [first, last) of parameters with gradients that share a group and a step count, counting this step."""
         for i, there in zip(places, present, strict=True):

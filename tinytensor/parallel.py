@@ -50,12 +50,15 @@ def _neighbours() -> int:
 def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:
     """[f(x) for x in items], several at a time; each call sees the caller's grad mode. The first exception is raised.
 
+    Each call has one BLAS thread, but for one item alone, which leaves BLAS all of them unless `threads` is 1.
+
     Random numbers drawn in f should come from a `random.scope` opened there, or they depend on who was faster.
     """
     todo = list(items)
-    threads = min(threads or cpu_threads(), len(todo))
-    if len(todo) <= 1 or getattr(_worker, "busy", False):  # a map within a map has no cores left to use
+    allowed = threads or cpu_threads()
+    if not todo or (len(todo) == 1 and allowed > 1) or getattr(_worker, "busy", False):  # a map in a map has no cores to use
         return [f(x) for x in todo]
+    threads = min(allowed, len(todo))
     results: list[Any] = [None] * len(todo)
     queue = iter(range(len(todo)))
     lock, failed = threading.Lock(), threading.Event()
@@ -79,7 +82,7 @@ def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> 
 
     with _one_blas_thread():
         # the copied context carries numpy.errstate to the workers
-        others = [_pool(threads - 1).submit(contextvars.copy_context().run, work) for _ in range(threads - 1)]
+        others = [_pool(threads - 1).submit(contextvars.copy_context().run, work) for _ in range(1, threads)]
         try:
             work()
         finally:
@@ -170,6 +173,13 @@ def _pool(threads: int) -> Any:
         if _executor is None or _executor_threads < threads:
             _executor, _executor_threads = ThreadPoolExecutor(threads, thread_name_prefix="tinytensor"), threads
         return _executor
+
+
+@contextmanager
+def blas_threads(limit: int) -> Iterator[None]:
+    """BLAS with at most `limit` threads within."""
+    with _blas().limit(limits=min([limit, *(library["num_threads"] for library in _blas().info())])):
+        yield
 
 
 @functools.cache

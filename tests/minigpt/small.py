@@ -42,6 +42,7 @@ TINY = TrainConfig(
     eval_interval=3,
     sample_tokens=5,
     seed=1,
+    wandb=False,
 )
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minigpt import checkpoint
-from minigpt.checkpoint import BEST, LAST, CheckpointError, load, load_run, newest_run
+from minigpt.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, load, load_run, newest_run
 from minigpt.trainer import Trainer
 from tests.minigpt.small import trainer
 
@@ -175,13 +175,16 @@ def edited(path: Path, change: Any) -> Path:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     text = change(state, tensors)
     target = path.with_name("edited")
-    save_file(tensors, target, metadata={"minigpt": json.dumps(state) if text is None else text})
+    text = json.dumps(state) if text is None else text
+    save_file(tensors, target, metadata={"minigpt": text, "sha256": checkpoint._seal(text, tensors)})
     return target
 
 
 def test_a_newer_schema_is_refused(trained: Trainer) -> None:
-    path = edited(trained.out_dir / LAST, lambda state, _: state.update(schema=2))
-    assert refusal(path) == f"{path} has schema 2, this program reads up to 1; update it"
+    path = edited(trained.out_dir / LAST, lambda state, _: state.update(schema=3))
+    assert refusal(path) == f"{path} has schema 3, this program reads 2; update the program"
+    path = edited(trained.out_dir / LAST, lambda state, _: state.update(schema=1))
+    assert refusal(path) == f"{path} has schema 1, this program reads 2; load it with the version that wrote it"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +230,9 @@ def test_a_run_speaks_from_its_best_and_a_file_from_itself(trained: Trainer, tmp
     (tmp_path / BEST).unlink()
     assert load_run(tmp_path).step == 4
     (tmp_path / LAST).unlink()
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(best\.safetensors or last\.safetensors\)"):
+    assert load_run(tmp_path).step == 3
+    (tmp_path / PREVIOUS).unlink()
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(last\.safetensors, "):
         load_run(tmp_path)
 
 

@@ -123,6 +123,11 @@ COMMON = {
     "threads": None,
     "shards": None,
     "resume": False,
+    "prove_resume": False,
+    "save_interval": None,
+    "max_skipped": 10,
+    "rank_timeout": 600,
+    "wandb": True,
 }
 LARGE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "micro_batch": 64}
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "dropout": 0.0, "micro_batch": 12}

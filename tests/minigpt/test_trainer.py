@@ -12,15 +12,16 @@ import pytest
 
 from minigpt import checkpoint, corpus
 from minigpt import run as run_module
-from minigpt.checkpoint import BEST, LAST, CheckpointError, load
+from minigpt.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, load
 from minigpt.config import TrainConfig
-from minigpt.run import resumed_config, run
+from minigpt.folder import to_resume
+from minigpt.run import run
 from minigpt.schedule import warmup_cosine
 from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
 from tests.minigpt.small import TINY, trainer, verse
 
-KEYS = ["step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "seconds"]
+KEYS = ["step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "seconds", "skipped"]
 
 
 @pytest.fixture(name="config")
@@ -52,7 +53,7 @@ def record(out_dir: Path) -> dict[str, Any]:
 def test_metrics_have_a_line_a_step(config: TrainConfig) -> None:
     out_dir = run(config)
     assert out_dir == Path("runs/tiny")
-    assert {p.name for p in out_dir.iterdir()} == {LAST, BEST, "metrics.jsonl", "samples"}
+    assert {p.name for p in out_dir.iterdir()} == {LAST, PREVIOUS, BEST, "metrics.jsonl", "run.json", "run.lock", "samples"}
     rows = read_metrics(out_dir / "metrics.jsonl")
     assert len((out_dir / "metrics.jsonl").read_text().splitlines()) == len(rows) == 6
     for step, row in enumerate(rows, 1):
@@ -88,7 +89,7 @@ def test_the_folder_is_all_that_a_model_needs(config: TrainConfig) -> None:
 
 
 def test_the_curve_is_drawn(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minigpt.tracking import plot
+    from minigpt.curve import plot
 
     monkeypatch.setattr(run_module, "plot", plot)
     out_dir = run(config)
@@ -196,10 +197,10 @@ def test_what_is_given_on_resume_counts(config: TrainConfig) -> None:
 
 def test_the_settings_of_a_run_are_what_flags_change(config: TrainConfig) -> None:
     out_dir = run(replace(config, lr=5e-3))
-    settings = resumed_config(replace(TINY, resume=True))
-    assert settings == replace(config, lr=5e-3, out_dir=out_dir, resume=True)
+    saved = load(out_dir / LAST)
+    assert saved.config == replace(config, lr=5e-3, out_dir=out_dir)
     moved = out_dir.rename("runs/tiny-7")
-    assert resumed_config(replace(TINY, resume=True)).out_dir == moved
+    assert to_resume(replace(TINY, resume=True)) == moved
 
 
 def test_another_model_cannot_go_on_and_the_differences_are_named(config: TrainConfig) -> None:
@@ -233,10 +234,11 @@ def test_a_folder_that_holds_a_run_is_refused(config: TrainConfig) -> None:
     before = {p: p.read_bytes() for p in Path("mine").rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=r"mine already holds a run; continue it with --resume, or choose another --out-dir"):
         run(config)
-    (Path("mine") / LAST).unlink()
-    with pytest.raises(ValueError, match="already holds a run"):
-        run(config)
-    del before[Path("mine") / LAST]
+    for name in (LAST, PREVIOUS, BEST):
+        (Path("mine") / name).unlink()
+        del before[Path("mine") / name]
+        with pytest.raises(ValueError, match="already holds a run"):
+            run(config)
     assert {p: p.read_bytes() for p in Path("mine").rglob("*") if p.is_file()} == before
 
 
@@ -263,7 +265,7 @@ def test_resume_finds_the_newest_run_of_its_preset(config: TrainConfig) -> None:
     assert run(again) == Path("runs/tiny-2")
     os.utime(folders[0] / LAST, (4e9, 4e9))
     assert run(replace(again, max_steps=3)) == Path("runs/tiny")
-    with pytest.raises(CheckpointError, match=r"no run of preset quick to resume below runs/; name its folder with --out-dir"):
+    with pytest.raises(CheckpointError, match=r"no run of preset quick with a checkpoint below runs/"):
         run(replace(again, preset="quick"))
 
 
@@ -281,7 +283,7 @@ def test_shards_are_settled_when_a_run_begins(config: TrainConfig, monkeypatch: 
     whole = record(run(replace(config, out_dir=Path("whole"))))
     out_dir = interrupted(config, 4, monkeypatch)
     monkeypatch.setenv("TINYTENSOR_NUM_THREADS", "2")
-    run(resumed_config(replace(config, resume=True)))
+    run(replace(load(out_dir / LAST).config, resume=True))
     assert record(out_dir) == whole
 
 
@@ -292,7 +294,7 @@ def test_shards_are_settled_when_a_run_begins(config: TrainConfig, monkeypatch: 
         ({"block_size": 10**5}, r"block_size=100000 needs more than 100000"),
         ({"tokenizer": "word"}, r"tokenizer kind 'word' is not known"),
         ({"device": "gpu"}, r"gpu"),
-        ({"resume": True}, r"no run of preset tiny to resume"),
+        ({"resume": True}, r"no run of preset tiny with a checkpoint below runs/"),
         ({"resume": True, "out_dir": Path("none")}, r"none holds no checkpoint to resume"),
     ],
 )
@@ -306,7 +308,7 @@ def test_what_is_wrong_is_told_before_anything_is_written(config: TrainConfig, c
 def test_folders_and_texts_may_have_any_name(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    from minigpt.tracking import plot
+    from minigpt.curve import plot
 
     if name.startswith("$"):  # the title of the curve: one is enough
         monkeypatch.setattr(run_module, "plot", plot)
@@ -337,7 +339,8 @@ def test_a_run_that_diverges_says_so(config: TrainConfig) -> None:
     with (
         np.errstate(all="ignore"),
         pytest.raises(
-            FloatingPointError, match=r"loss of step \d+ is .* gradient norm (nan|inf); .*--resume and a smaller --lr"
+            FloatingPointError,
+            match=r"loss of step \d+ is .* norm (nan|inf), the 10th step in a row .*--resume and a smaller --lr",
         ),
     ):
         run(replace(config, lr=1e30, grad_clip=math.inf, warmup_steps=0, max_steps=30))

@@ -1,0 +1,83 @@
+"""The command lines: what scripts/train.py and scripts/generate.py do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minigpt import checkpoint, folder
+from minigpt.config import PRESETS, TrainConfig
+from minigpt.run import Stopped, run
+from minigpt.sampling import Sampling, speak
+
+STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can be resumed (EX_TEMPFAIL of sysexits.h)
+
+
+def train() -> None:
+    """Train a GPT: `train.py [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
+    args = sys.argv[1:]
+    preset = args.pop(0) if args and not args[0].startswith("-") else "shakespeare"
+    if preset not in PRESETS:
+        sys.exit(f"error: preset {preset!r} is not known; choose {', '.join(PRESETS)}")
+    description = f"Train a GPT. Presets, as the first word: {', '.join(PRESETS)}. These are the settings of {preset}."
+    try:
+        config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
+        saved = None
+        if config.prove_resume:
+            from minigpt.prove import prove_resume
+
+            sys.exit(prove_resume())
+        if config.resume:  # the flags now change that run's settings, not the preset's
+            out_dir = folder.to_resume(config)
+            saved = checkpoint.load_newest(out_dir)
+            own = replace(saved.config, out_dir=out_dir, resume=True)
+            config = tyro.cli(TrainConfig, default=own, args=args, description=description)
+        elif config.preset != preset:
+            raise ValueError(f"--preset only names a run; for its settings write: python scripts/train.py {config.preset}")
+        run(config, saved)
+    except Stopped:
+        sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step")
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with a trained model."""
+
+    run: Path | None = None
+    """run folder or checkpoint file; by default the newest run below runs/"""
+    prompt: str | None = None
+    """text to continue, by default a line break; "-" reads it from standard input"""
+    prompt_file: Path | None = None
+    """read the prompt from a file instead"""
+    max_tokens: int = 500
+    """tokens to write"""
+    num_samples: int = 1
+    """how many continuations"""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+
+
+def generate() -> None:
+    """Write verse with a trained model: `generate.py --prompt "ROMEO:" --max-tokens 200`."""
+    try:
+        args = tyro.cli(Generate)
+        prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+        if args.prompt_file:
+            prompt = args.prompt_file.read_text("utf-8")
+        model = checkpoint.load_run(args.run or checkpoint.newest_run())
+        for text in speak(model, prompt, args.max_tokens, args.num_samples, args.sampling):
+            print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print()

@@ -1,0 +1,163 @@
+"""Several processes train one model.
+
+Each rank holds the whole model and computes its share of a step's shards; their gradients are added up in the binary tree that
+one process would use, so every rank takes the same step, bit for bit, and a run does not depend on how many there were.
+Rank 0 alone writes and prints. Ranks come from an MPI launcher: `mpiexec -n 4 python scripts/train.py …`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tinytensor import backend
+from tinytensor.backend import Array
+from tinytensor.optim import Optimizer
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a job. This class is a job of one: rank 0 of 1."""
+
+    rank, size = 0, 1
+
+    def share(self, n: int) -> range:
+        """This rank's part of 0 … n − 1: consecutive, the earlier ranks' before the later ones'."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def gather(self, items: Iterable[T]) -> list[T]:
+        """Every rank's items, in the order of the ranks, on every rank."""
+        return list(items)
+
+    def first(self, f: Callable[[], T]) -> T:
+        """f(), called on rank 0 while the others wait; its result, or its error, on every rank."""
+        return f()
+
+    def add_up(self, optimizer: Optimizer) -> None:
+        """Replace the gradients by the sum of every rank's."""
+
+    def alive(self) -> None:
+        """Say that this rank goes on, so that it is not taken for one that hangs."""
+
+
+class MPIRanks(Ranks):
+    """The ranks of an MPI job. Arrays on the CPU travel by MPI, those on a GPU by NCCL."""
+
+    def __init__(self, comm: Any, timeout: float) -> None:
+        self.comm, self.timeout = comm, timeout
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._inbox: Array = np.empty(0)
+        self._nccl: Any = None
+
+    def gather(self, items: Iterable[T]) -> list[T]:
+        return [item for part in self.comm.allgather(list(items)) for item in part]
+
+    def first(self, f: Callable[[], T]) -> T:
+        answer: tuple[T | None, Exception | None] = None, None
+        if self.rank == 0:
+            try:
+                answer = f(), None
+            except Exception as error:
+                answer = None, error
+        result, failure = self.comm.bcast(answer)
+        if failure is not None:
+            raise failure
+        return result
+
+    def add_up(self, optimizer: Optimizer) -> None:
+        for gradients in optimizer.flat_gradients():
+            self.sum_(gradients)
+
+    def sum_(self, array: Array) -> None:
+        """Replace array by the sum of every rank's, in place.
+
+        A power of two of ranks exchange in pairs, pairs of pairs, …: the upper levels of the tree that the shards' sums began.
+
+        a + b and b + a are the same bits, so both of a pair end with the same array. Other numbers of ranks add in the
+        order that MPI or NCCL likes, always the same one, but not the tree's.
+        """
+        if self.size & (self.size - 1):
+            if isinstance(array, np.ndarray):
+                from mpi4py import MPI
+
+                self.comm.Allreduce(MPI.IN_PLACE, array)
+            else:
+                self._gpus().all_reduce(array, array)
+            return
+        if self._inbox.shape != array.shape or self._inbox.dtype != array.dtype:
+            self._inbox = backend.xp_of(array).empty_like(array)
+        distance = 1
+        while distance < self.size:
+            self._swap(array, self._inbox, self.rank ^ distance)
+            array += self._inbox
+            distance *= 2
+
+    def _swap(self, out: Array, into: Array, peer: int) -> None:
+        if isinstance(out, np.ndarray):
+            self.comm.Sendrecv(out, peer, recvbuf=into, source=peer)
+        else:
+            self._gpus().send_recv(out, into, peer)
+
+    def _gpus(self) -> Any:
+        if self._nccl is None:
+            from cupyx.distributed import init_process_group
+
+            self._nccl = init_process_group(self.size, self.rank, use_mpi=True)
+        return self._nccl
+
+    def alive(self) -> None:
+        faulthandler.dump_traceback_later(self.timeout, exit=True)
+
+
+@contextmanager
+def ranks(device: str, timeout: float) -> Iterator[Ranks]:
+    """The job that this process belongs to. An error on one rank ends all of them, with a status that is not 0."""
+    if _launched() < 2 and "mpi4py" not in sys.modules:
+        yield Ranks()
+        return
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise RuntimeError(
+            f"an MPI launcher started {_launched()} processes, but mpi4py cannot be used ({error}); "
+            "install it with: pip install -e '.[mpi]'"
+        ) from None
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() == 1:
+        if _launched() > 1:
+            raise RuntimeError(
+                f"an MPI launcher started {_launched()} processes, but mpi4py sees one: it was built for another MPI than the "
+                "launcher's; use the mpiexec of the MPI that mpi4py was installed with"
+            )
+        yield Ranks()
+        return
+    if device == "cuda":
+        import cupy
+
+        local = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+        cupy.cuda.Device(local % cupy.cuda.runtime.getDeviceCount()).use()
+    job = MPIRanks(comm, timeout)
+    job.alive()
+    try:
+        yield job
+    except BaseException as error:
+        sys.stdout.flush()
+        print(f"error on rank {job.rank} of {job.size}: {error}" if str(error) else repr(error), file=sys.stderr, flush=True)
+        comm.Abort(1)  # the others may be waiting for this rank, and would wait for ever
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _launched() -> int:
+    """How many processes the launcher says there are."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 1

@@ -1,0 +1,87 @@
+"""What the numbers of a run depend on: versions, processor, matrix kernels, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tinytensor as tt
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed version of each package, "not installed" where there is none; and Python's."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def blas() -> str:
+    """Which matrix kernels run, with a warning when the environment forces them."""
+    from threadpoolctl import threadpool_info
+
+    libraries = [p for p in threadpool_info() if p["user_api"] == "blas"]
+    text = ", ".join(
+        f"{p['internal_api']} {p['version']} {p.get('architecture', '')} kernels, {p['num_threads']} threads" for p in libraries
+    )
+    forced = os.environ.get("OPENBLAS_CORETYPE")
+    return text + (f"; OPENBLAS_CORETYPE={forced} forces these, unset it to let OpenBLAS choose" if forced else "")
+
+
+def commit() -> str | None:
+    """The git commit of this code, "+" after it where files were changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        ask = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "."], **ask).stdout  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def gemm_peak() -> float:
+    """FLOP/s of the fastest of a few float32 matrix products, with as many threads as BLAS likes: a tenth of a second."""
+    a, b = np.ones((1024, 512), np.float32), np.ones((512, 1024), np.float32)
+    out, best = np.empty((1024, 1024), np.float32), np.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        np.matmul(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.size * b.shape[1] / best
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def all_of_them() -> dict[str, Any]:
+    """For run.json."""
+    return {
+        "versions": {"minigpt": tt.__version__, **versions("numpy", "safetensors")},
+        "hardware": {"processor": processor(), "cores": tt.parallel.cpu_threads(), "blas": blas(), "host": platform.node()},
+        "commit": commit(),
+    }

@@ -1,0 +1,85 @@
+"""The folder of a run: which one, that it is ours alone, and run.json, which says what the run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from minigpt import checkpoint
+from minigpt.checkpoint import CheckpointError
+from minigpt.config import TrainConfig
+
+RUNS = Path("runs")
+RECORD, LOCK, METRICS, CURVE, SAMPLES = "run.json", "run.lock", "metrics.jsonl", "curve.png", "samples"
+
+
+def fresh(config: TrainConfig) -> Path:
+    """A folder that holds no run yet: the one asked for, or the next free runs/PRESET, runs/PRESET-2, …"""
+    if config.out_dir is not None:
+        if any((config.out_dir / name).exists() for name in (*checkpoint.KEPT, METRICS)):
+            raise ValueError(f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out-dir")
+        return config.out_dir
+    folder, number = RUNS / config.preset, 2
+    while folder.exists():
+        folder, number = RUNS / f"{config.preset}-{number}", number + 1
+    return folder
+
+
+def to_resume(config: TrainConfig) -> Path:
+    """The folder of the run to go on with: the one given, or the newest run of the preset."""
+    if config.out_dir is not None:
+        if not checkpoint.saved_in(config.out_dir):
+            raise CheckpointError(f"{config.out_dir} holds no checkpoint to resume; leave out --resume to start a run there")
+        return config.out_dir
+    own = re.compile(re.escape(config.preset) + r"(-\d+)?")
+    return checkpoint.newest_run(RUNS, lambda name: own.fullmatch(name) is not None, f"run of preset {config.preset}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder, prove that it can be written to, and keep other runs out of it while this one lasts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (held for the whole run)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out-dir") from None
+    with lock:
+        _take(lock, folder)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _take(lock: Any, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows, which refuses to open what another process has open for writing
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        raise ValueError(f"{folder} is in use by the run of process {holder}; stop it, or choose another --out-dir") from None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Replace run.json; the old one or the new one is there at any time."""
+    temporary = folder / (RECORD + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / RECORD)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json, or nothing where there is none that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
