@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -207,6 +209,51 @@ def _plot_lines(lines: list[dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=120)
+
+
+def ranks(report: Report, rounds: int) -> None:
+    """The `shakespeare` model on 1, 2 and 4 MPI ranks of this machine: the same batch shared, and a batch that grows with them."""
+    launcher = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if launcher is None:
+        report.console.print("ranks: no mpiexec found; pip install -e '.[mpi]'")
+        return
+    contenders = [  # name, ranks, threads of each, sequences of the step
+        ("1 rank of 2 threads", 1, 2, 16),
+        ("2 ranks of 1 thread", 2, 1, 16),
+        ("1 rank of 1 thread", 1, 1, 16),
+        ("4 ranks of 1 thread", 4, 1, 16),
+        ("1 rank of 1 thread, a quarter of the batch", 1, 1, 4),
+        ("2 ranks of 1 thread, half of the batch", 2, 1, 8),
+    ]
+    seconds: dict[str, list[float]] = {name: [] for name, *_ in contenders}
+    with tempfile.TemporaryDirectory() as home:
+        text = Path(home, "text.txt")
+        text.write_text("".join(f"To be, or not to be: that is question {i * i}.\n" for i in range(1000)), encoding="utf-8")
+        for turn in range(max(2, rounds // 3)):
+            for name, count, threads, rows in contenders:
+                report.progress(f"round {turn + 1}: {name}")
+                out_dir = Path(home, f"{turn}-{count}-{threads}-{rows}")
+                flags = f"shakespeare --accumulation 1 --micro-batch {rows} --shards {max(2, rows // 4)} --threads {threads} "
+                flags += f"--max-steps 5 --sample-tokens 0 --no-wandb --data {text} --out-dir {out_dir}"
+                command = [launcher, "-n", str(count), sys.executable, str(ROOT / "scripts/train.py"), *flags.split()]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                ends = [json.loads(line)["seconds"] for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+                seconds[name].append(statistics.median(b - a for a, b in itertools.pairwise(ends)))
+    first = seconds[contenders[0][0]]
+    rows_out = []
+    for name, _, _, rows in contenders:
+        speeds = [rows * 256 / s for s in seconds[name]]
+        against = [speed / (16 * 256 / s) for speed, s in zip(speeds, first, strict=True)]
+        rows_out.append(
+            [name, f"{statistics.median(seconds[name]) * 1e3:,.0f}", f"{statistics.median(speeds):,.0f}"]
+            + [
+                ""
+                if name == contenders[0][0]
+                else f"{statistics.median(against):.2f}× ({min(against):.2f} to {max(against):.2f})"
+            ]
+        )
+    title = "ranks: shakespeare, 16 × 256 tokens a step unless said otherwise, on one machine"
+    report.add(title, ["", "ms per step", "tokens/s", "its tokens/s / those of 1 rank of 2 threads"], rows_out, seconds)
 
 
 def quick(report: Report, rounds: int) -> None:

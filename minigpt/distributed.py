@@ -76,12 +76,12 @@ class MPIRanks(Ranks):
             self.sum_(gradients)
 
     def sum_(self, array: Array) -> None:
-        """Replace array by the sum of every rank's, in place.
+        """Replace a flat array by the sum of every rank's, in place.
 
-        A power of two of ranks exchange in pairs, pairs of pairs, …: the upper levels of the tree that the shards' sums began.
-
-        a + b and b + a are the same bits, so both of a pair end with the same array. Other numbers of ranks add in the
-        order that MPI or NCCL likes, always the same one, but not the tree's.
+        A power of two of ranks halves and doubles (Rabenseifner 2004): with each peer at distance 1, 2, 4, … a rank trades half
+        of the stretch that it still works on and adds up the other half; then the finished stretches travel back. That moves
+        2·(size − 1)/size of the array, as little as any way of adding, and adds every element in the tree that the shards'
+        sums began, for a + b and b + a are the same bits. Other numbers of ranks add in the order that MPI or NCCL likes.
         """
         if self.size & (self.size - 1):
             if isinstance(array, np.ndarray):
@@ -93,11 +93,18 @@ class MPIRanks(Ranks):
             return
         if self._inbox.shape != array.shape or self._inbox.dtype != array.dtype:
             self._inbox = backend.xp_of(array).empty_like(array)
-        distance = 1
+        stretch, trades, distance = slice(0, array.size), [], 1
         while distance < self.size:
-            self._swap(array, self._inbox, self.rank ^ distance)
-            array += self._inbox
-            distance *= 2
+            middle = (stretch.start + stretch.stop) // 2
+            keep, give = slice(stretch.start, middle), slice(middle, stretch.stop)
+            if self.rank & distance:
+                keep, give = give, keep
+            self._swap(array[give], self._inbox[keep], self.rank ^ distance)
+            array[keep] += self._inbox[keep]
+            trades.append((self.rank ^ distance, keep, give))
+            stretch, distance = keep, distance * 2
+        for peer, keep, give in reversed(trades):
+            self._swap(array[keep], array[give], peer)
 
     def _swap(self, out: Array, into: Array, peer: int) -> None:
         if isinstance(out, np.ndarray):

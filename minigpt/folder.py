@@ -21,7 +21,8 @@ RECORD, LOCK, METRICS, CURVE, SAMPLES = "run.json", "run.lock", "metrics.jsonl",
 def fresh(config: TrainConfig) -> Path:
     """A folder that holds no run yet: the one asked for, or the next free runs/PRESET, runs/PRESET-2, …"""
     if config.out_dir is not None:
-        if any((config.out_dir / name).exists() for name in (*checkpoint.KEPT, METRICS)):
+        metrics = config.out_dir / METRICS  # empty where a run was killed before its first checkpoint
+        if checkpoint.saved_in(config.out_dir) or (metrics.exists() and metrics.stat().st_size):
             raise ValueError(f"{config.out_dir} already holds a run; continue it with --resume, or choose another --out-dir")
         return config.out_dir
     folder, number = RUNS / config.preset, 2

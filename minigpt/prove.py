@@ -1,51 +1,67 @@
-"""The proof that resuming is exact: kill a run at some step, resume it, and compare it with one that was left alone."""
+"""The proof that nothing is lost: kill a run, resume it, and compare it with one that was left alone."""
 
 from __future__ import annotations
 
 import hashlib
-import signal
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from minigpt import checkpoint
 from minigpt.folder import METRICS
 from minigpt.tracking import read_metrics
 
-_STEPS, _KILL_AT = 24, 13
-_SETTINGS = (  # dropout, accumulation, and evaluations and checkpoints on both sides of the kill
-    "quick --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --dropout 0.2 --micro-batch 4 --accumulation 2 "
-    f"--max-steps {_STEPS} --warmup-steps 4 --eval-interval 10 --save-interval 4 --sample-tokens 20 --no-wandb"
-).split()
+_SETTINGS = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --micro-batch 4 --accumulation 2 --dropout 0.2 --warmup-steps 4"
+_OFTEN = "--eval-interval 10 --save-interval 4 --sample-tokens 20 --no-wandb"  # much to be killed in, and steps of milliseconds
 
 
 def prove_resume() -> int:
-    """Run the proof, print the hashes; the exit status."""
-    with tempfile.TemporaryDirectory() as folder:
-        text, whole, killed = Path(folder, "text.txt"), Path(folder, "whole"), Path(folder, "killed")
+    """Kill a run at its 13th step, between two checkpoints; the exit status."""
+    return _prove(24, [lambda folder: _steps(folder) >= 13])
+
+
+def soak(kills: int, seed: int = 0) -> int:
+    """Kill a run at random moments, starting up, training, evaluating or saving; the exit status."""
+    rng = random.Random(seed)
+
+    def after(seconds: float) -> Callable[[Path], bool]:
+        end = time.monotonic() + seconds
+        return lambda _: time.monotonic() >= end
+
+    return _prove(60 * kills, (after(rng.uniform(0.2, 2.5)) for _ in range(kills)))
+
+
+def _prove(steps: int, moments: Iterable[Callable[[Path], bool]]) -> int:
+    """Train `steps` steps twice, once killed at each of the `moments`; print the hashes of what came of it."""
+    with tempfile.TemporaryDirectory() as home:
+        text, whole, killed = Path(home, "text.txt"), Path(home, "whole"), Path(home, "killed")
         text.write_text("".join(f"To be, or not to be: that is question {i * i}.\n" for i in range(400)), encoding="utf-8")
-        _train(text, whole).wait()
-        process = _train(text, killed)
-        while process.poll() is None and _steps(killed) < _KILL_AT:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        reached, saved = _steps(killed), checkpoint.load_newest(killed).step
-        print(f"killed after step {reached}, resumed from the checkpoint of step {saved}, up to step {_STEPS}")
-        _train(text, killed, "--resume", "--save-interval", "7").wait()  # checkpoints fall on other steps now
+        flags = ["quick", *_SETTINGS.split(), *_OFTEN.split(), "--data", str(text), "--max-steps", str(steps)]
+        _train(whole, flags).wait()
+        for number, moment in enumerate(moments, 1):
+            process = _train(killed, flags)
+            while process.poll() is None and not moment(killed):
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
+            reached, saved = _steps(killed), checkpoint.load_newest(killed).step if checkpoint.saved_in(killed) else 0
+            print(f"kill {number}: after step {reached}, resumed from the checkpoint of step {saved}", flush=True)
+        _train(killed, [*flags, "--save-interval", "7"]).wait()  # checkpoints fall on other steps now
         results = [_result(whole), _result(killed)]
-    for name, (losses, weights) in zip(("left alone", "killed and resumed"), results, strict=True):
-        print(f"{name:<20} losses {losses[:16]}  weights and optimiser {weights[:16]}  (SHA-256)")
+    for name, (losses, state) in zip(("left alone", "killed and resumed"), results, strict=True):
+        print(f"{name:<20} losses {losses[:16]}  weights and optimiser {state[:16]}  (SHA-256, {steps} steps)")
     same = results[0] == results[1]
     print("the same, bit for bit" if same else "NOT the same")
     return 0 if same else 1
 
 
-def _train(text: Path, out_dir: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from minigpt.cli import train; train()"]
-    command += [*_SETTINGS, "--data", str(text), "--out-dir", str(out_dir), *flags]
+def _train(folder: Path, flags: list[str]) -> subprocess.Popen[bytes]:
+    resume = ["--resume"] if checkpoint.saved_in(folder) else []
+    command = [sys.executable, "-c", "from minigpt.cli import train; train()", *flags, *resume, "--out-dir", str(folder)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
@@ -54,13 +70,9 @@ def _steps(folder: Path) -> int:
 
 
 def _result(folder: Path) -> tuple[str, str]:
-    """Hashes of all losses and of the final state."""
+    """SHA-256 of every line of the metrics but the clock, and of the final weights and moments."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder / METRICS)]
-    end = checkpoint.load(folder / checkpoint.LAST)
-    digest = hashlib.sha256()
-    for name in sorted(end.model):
-        digest.update(end.model[name].tobytes())
-    for moment in ("exp_avg", "exp_avg_sq"):
-        for array in end.optimizer[moment]:
-            digest.update(array.tobytes())
+    end, digest = checkpoint.load(folder / checkpoint.LAST), hashlib.sha256()
+    for array in (*(end.model[name] for name in sorted(end.model)), *end.optimizer["exp_avg"], *end.optimizer["exp_avg_sq"]):
+        digest.update(array.tobytes())
     return hashlib.sha256(repr(rows).encode()).hexdigest(), digest.hexdigest()

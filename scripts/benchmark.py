@@ -11,7 +11,7 @@ from benchmarks import suite
 
 
 def main(
-    what: tyro.conf.Positional[Literal["step", "ops", "generate", "scaling", "quick", "imports", "all"]] = "all",
+    what: tyro.conf.Positional[Literal["step", "ops", "generate", "scaling", "ranks", "quick", "imports", "all"]] = "all",
     rounds: int = 12,
     compiled: bool = True,
     bf16: bool = True,
@@ -41,6 +41,8 @@ def main(
         suite.generate(report, rounds)
     if what in ("scaling", "all"):
         suite.scaling(report, rounds, plot)
+    if what in ("ranks", "all"):
+        suite.ranks(report, rounds)
     if what in ("imports", "all"):
         suite.imports(report, rounds)
     if what in ("quick", "all"):
