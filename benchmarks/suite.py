@@ -212,7 +212,7 @@ def _plot_lines(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def ranks(report: Report, rounds: int) -> None:
-    """The `shakespeare` model on 1, 2 and 4 MPI ranks of this machine: the same batch shared, and a batch that grows with them."""
+    """The `shakespeare` model on 1, 2 and 4 MPI ranks of this machine: one batch shared, and one that grows with them."""
     launcher = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if launcher is None:
         report.console.print("ranks: no mpiexec found; pip install -e '.[mpi]'")
@@ -244,14 +244,9 @@ def ranks(report: Report, rounds: int) -> None:
     for name, _, _, rows in contenders:
         speeds = [rows * 256 / s for s in seconds[name]]
         against = [speed / (16 * 256 / s) for speed, s in zip(speeds, first, strict=True)]
-        rows_out.append(
-            [name, f"{statistics.median(seconds[name]) * 1e3:,.0f}", f"{statistics.median(speeds):,.0f}"]
-            + [
-                ""
-                if name == contenders[0][0]
-                else f"{statistics.median(against):.2f}× ({min(against):.2f} to {max(against):.2f})"
-            ]
-        )
+        ratio = f"{statistics.median(against):.2f}× ({min(against):.2f} to {max(against):.2f})"
+        times = f"{statistics.median(seconds[name]) * 1e3:,.0f}", f"{statistics.median(speeds):,.0f}"
+        rows_out.append([name, *times, ratio])
     title = "ranks: shakespeare, 16 × 256 tokens a step unless said otherwise, on one machine"
     report.add(title, ["", "ms per step", "tokens/s", "its tokens/s / those of 1 rank of 2 threads"], rows_out, seconds)
 
