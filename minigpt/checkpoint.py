@@ -147,7 +147,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        version = path.stat().st_ino
         with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
             metadata = file.metadata() or {}
             text = metadata.get("minigpt", "null")
             state = json.loads(text)
@@ -159,7 +161,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                     f"{path} has schema {state['schema']}, this program reads {SCHEMA}; "
                     + ("update the program" if newer else "load it with the version that wrote it")
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        tensors = {}
+        for name in names:  # opened for each, or all of the file would stay mapped beside the arrays read from it
+            with safe_open(path, framework="numpy") as file:
+                tensors[name] = file.get_tensor(name)
+        if path.stat().st_ino != version:  # a run has saved in the meantime
+            return _read(path)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from None
     if _seal(text, tensors) != metadata.get("sha256"):
