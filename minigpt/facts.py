@@ -52,7 +52,9 @@ def commit() -> str | None:
     try:
         ask = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 10}
         head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "."], **ask).stdout  # type: ignore[call-overload]
+        changed = subprocess.run(
+            ["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "."], **ask
+        ).stdout  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")

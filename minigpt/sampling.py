@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import tinytensor as tt
 from minigpt.checkpoint import Checkpoint
 from minigpt.model import GPT, KVCache
 from tinytensor import random
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def speak(checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int
     tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(prompt)
     model = checkpoint.build_model()
+    if len(ids) > (block := model.config.block_size):
+        log.warning("warning: the prompt has %d tokens; the model sees the last %d", len(ids), block)
     for sample in range(num_samples):
         yield prompt
         written: list[int] = []
