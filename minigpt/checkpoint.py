@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from minigpt.model import GPT
 SCHEMA = 2
 LAST, PREVIOUS, BEST = KEPT = "last.safetensors", "previous.safetensors", "best.safetensors"
 # fields that are JSON as they are
-_PLAIN = ("step", "tokens", "seconds", "val_loss", "best_val_loss", "skipped", "text_sha256")
+_PLAIN = ("step", "tokens", "seconds", "val_loss", "best_val_loss", "skipped", "skipped_in_a_row", "text_sha256")
 
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,11 @@ class Checkpoint:
     seconds: float
     val_loss: float
     best_val_loss: float
-    skipped: int  # updates left out for a loss or gradient that was not finite
+    skipped: int  # updates left out for a loss or gradient that was not finite,
+    skipped_in_a_row: int  # and those of them that were the last steps
     text_sha256: str
+    path: Path | None = None  # the file that it was read from,
+    beside: list[tuple[str, int, int]] = field(default_factory=list)  # and the versions of its folder's checkpoints then
 
     def build_model(self) -> GPT:
         """The model of this checkpoint, with its weights, ready to speak."""
@@ -85,14 +88,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}); the save before it is whole: go on with --resume") from None
+        before = "; the save before it is whole: go on with --resume" if saved_in(path.parent) else ""
+        raise OSError(f"{path} could not be written ({error}){before}") from None
     finally:
         temporary.unlink(missing_ok=True)  # there is one only after a failure
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _seal(state: str, tensors: dict[str, np.ndarray]) -> str:
@@ -109,15 +114,30 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint; CheckpointError says what is wrong with the file."""
     state, tensors = _read(path)
     try:
-        return _restored(state, tensors)
+        return _restored(path, state, tensors)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error!r}") from None
 
 
+def versions(folder: Path) -> list[tuple[str, int, int]]:
+    """What changes whenever a run saves in this folder."""
+    return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in saved_in(folder)]
+
+
+def set_aside(folder: Path, whole: Checkpoint) -> None:
+    """Where `whole` is not the last checkpoint, because that one is damaged, keep that out of the way of later saves."""
+    last = folder / LAST
+    if whole.path != last and last.exists():
+        os.replace(last, last.with_name(LAST + ".damaged"))
+
+
 def load_newest(folder: Path) -> Checkpoint:
     """The newest whole checkpoint of a run, with a warning about every newer one that is damaged."""
+    beside = versions(folder)
     paths = sorted(saved_in(folder), key=lambda path: (path.name == LAST, _step(path)), reverse=True)
-    return _first_whole(paths, folder)
+    found = _first_whole(paths, folder)
+    found.beside = beside
+    return found
 
 
 def _first_whole(paths: list[Path], folder: Path) -> Checkpoint:
@@ -138,7 +158,7 @@ def _step(path: Path) -> int:
     try:
         with safe_open(path, framework="numpy") as file:
             return int(json.loads((file.metadata() or {})["minigpt"])["step"])
-    except (SafetensorError, LookupError, TypeError, ValueError, OSError):
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError, OSError):
         return -1
 
 
@@ -167,14 +187,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 tensors[name] = file.get_tensor(name)
         if path.stat().st_ino != version:  # a run has saved in the meantime
             return _read(path)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, ValueError, RecursionError, OSError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from None
     if _seal(text, tensors) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match the SHA-256 stored in it")
     return state, tensors
 
 
-def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
+def _restored(path: Path, state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
     optimizer = {k: state["optimizer"][k] for k in ("steps", "param_groups")}
     for moment in state["optimizer"]["moments"]:
         optimizer[moment] = [tensors[f"optimizer.{moment}.{i}"] for i in range(len(optimizer["steps"]))]
@@ -183,6 +205,7 @@ def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoi
         tokenizer=tokenizer.from_dict(state["tokenizer"]),
         model={name[len("model.") :]: array for name, array in tensors.items() if name.startswith("model.")},
         optimizer=optimizer,
+        path=path,
         **{k: state[k] for k in _PLAIN},
     )
 

@@ -44,6 +44,8 @@ def train() -> None:
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step")
+    except MemoryError as error:
+        sys.exit(f"error: out of memory ({error}); use a smaller model or --micro-batch")
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -18,6 +18,7 @@ def _check_whole(config: Any, **least: int) -> None:
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
         _require(whole and value >= low, f"{name}={value!r} must be a whole number of at least {low}")
+        _require(value < 2**63, f"{name}={value!r} must be below 2^63")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class TrainConfig:
     """cores to use; by default TINYTENSOR_NUM_THREADS, or all that this process may run on"""
     shards: int | None = None
     """parts that a micro-batch is cut into, each computed by one thread; dropout masks and rounding depend on it, not on the
-    threads. By default one for 1,024 tokens, and at least two; more keep more cores busy"""
+    threads (but a single shard leaves the threads to BLAS, whose products may round otherwise). By default one for 1,024
+    tokens, and at least two; more keep more cores busy"""
     rank_timeout: int = 600
     """seconds without a step after which a job of several processes ends, because one of them hangs"""
     wandb: bool = True
@@ -137,7 +139,7 @@ class TrainConfig:
         _check_whole(self, max_steps=1, micro_batch=1, accumulation=1, eval_interval=1, sample_tokens=0, seed=0, warmup_steps=0)
         _check_whole(self, max_skipped=1, rank_timeout=1)
         for name, low, high in (
-            ("lr", 0, math.inf),
+            ("lr", 0, 1e35),  # times a weight's largest step, a few, this is still a float32
             ("min_lr", 0, math.inf),
             ("weight_decay", 0, math.inf),
             ("beta1", 0, 1),
@@ -149,6 +151,11 @@ class TrainConfig:
         _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} must not be above lr={self.lr}")
         _check_whole(self, **{name: 1 for name in ("threads", "shards", "save_interval") if getattr(self, name) is not None})
         self.model(vocab_size=1)
+        _require(
+            self.tokens_per_step < 10**10,
+            f"micro_batch={self.micro_batch}, accumulation={self.accumulation} and block_size={self.block_size} make "
+            f"{self.tokens_per_step:.2g} tokens a step; use smaller ones",
+        )
 
     def model(self, vocab_size: int) -> GPTConfig:
         """The model of this run for a vocabulary."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from tinytensor.backend import Array
 from tinytensor.optim import Optimizer
 
 T = TypeVar("T")
+EXPECTED = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError, KeyboardInterrupt)  # whose message says it all
 
 
 class Ranks:
@@ -131,7 +134,7 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
         return
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the package, or the MPI library below it
         raise RuntimeError(
             f"an MPI launcher started {_launched()} processes, but mpi4py cannot be used ({error}); "
             "install it with: pip install -e '.[mpi]'"
@@ -154,10 +157,16 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
     job.alive()
     try:
         yield job
+        comm.Barrier()  # nobody leaves before rank 0 has written and said everything: a launcher may end the rest then
     except BaseException as error:
+        if not isinstance(error, EXPECTED):
+            traceback.print_exc()
+        if job.rank:
+            time.sleep(1)  # for rank 0 to write down what it, too, may have met
         sys.stdout.flush()
-        print(f"error on rank {job.rank} of {job.size}: {error}" if str(error) else repr(error), file=sys.stderr, flush=True)
+        print(f"error on rank {job.rank} of {job.size}: {str(error) or repr(error)}", file=sys.stderr, flush=True)
         comm.Abort(1)  # the others may be waiting for this rank, and would wait for ever
+        os._exit(1)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

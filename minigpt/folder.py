@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  (held for the whole run)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out-dir") from None
-    with lock:
         _take(lock, folder)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out-dir") from None
+    with lock:
         yield
 
 
@@ -64,17 +65,33 @@ def _take(lock: Any, folder: Path) -> None:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         raise ValueError(f"{folder} is in use by the run of process {holder}; stop it, or choose another --out-dir") from None
 
 
+def write(path: Path, text: str) -> None:
+    """Replace a small file: the old one or the new one is there at any time, whole. OSError names it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error})") from None
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Replace run.json; the old one or the new one is there at any time."""
-    temporary = folder / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RECORD)
+    """Replace run.json. Numbers that are not finite, which JSON does not know, become strings."""
+    write(folder / RECORD, json.dumps(_strict(record), indent=1) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
+import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,7 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
     `saved` is the checkpoint to resume, for a caller who has read it already.
     """
     tt.backend.xp_for(config.device)
-    cores = config.threads or parallel.cpu_threads()
-    with parallel.blas_threads(cores), ranks(config.device, config.rank_timeout) as job:
+    with parallel.limited(config.threads or parallel.cpu_threads()), ranks(config.device, config.rank_timeout) as job:
         corpus = job.first(lambda: read_text(config.data) if config.data else load_corpus(config.source, DATA))
         out_dir = job.first(lambda: folder.to_resume(config) if config.resume else folder.fresh(config))
         if config.resume:
@@ -49,6 +49,10 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
                 finished = trainer.train(Quiet())
             else:
                 with folder.locked(out_dir):
+                    if checkpoint.versions(out_dir) != (saved.beside if saved else []):
+                        raise ValueError(f"{out_dir} was written to by another run while this one was starting; start it again")
+                    if saved:
+                        checkpoint.set_aside(out_dir, saved)
                     finished = _report(trainer)
     if not finished:
         raise Stopped(out_dir)
@@ -66,21 +70,19 @@ def _report(trainer: Trainer) -> bool:
                 finished = trainer.train(tracker)
     title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {trainer.corpus.source}"
     plot(out_dir / folder.METRICS, out_dir / folder.CURVE, title)
-    here = out_dir.parent == folder.RUNS
     if finished:
         text = trainer.corpus.text
         opening = "ROMEO:" if not set("ROMEO:") - set(text) else text.split(maxsplit=1)[0]
-        where = "" if here else f' --run "{out_dir}"'
+        where = "" if out_dir.parent == folder.RUNS else f" --run {shlex.quote(str(out_dir))}"
         tracker.say(
             f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
             f"model, metrics, curve and samples are in {out_dir}\n"
-            f'more verse: python scripts/generate.py{where} --prompt "{opening}"'
+            f"more verse: python scripts/generate.py{where} --prompt {shlex.quote(opening)}"
         )
     else:
-        where = "" if here else f' --out-dir "{out_dir}"'
         tracker.say(
             f"stopped by {_stopper(trainer)} after step {trainer.step}, which is saved in {out_dir}\n"
-            f"to go on: python scripts/train.py {config.preset} --resume{where}"
+            f"to go on: python scripts/train.py {config.preset} --resume --out-dir {shlex.quote(str(out_dir))}"
         )
     return finished
 
@@ -112,11 +114,12 @@ def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
         yield
         record["status"] = "complete" if trainer.step == config.max_steps else f"stopped by {_stopper(trainer)}"
     except BaseException as error:
-        record["status"] = f"failed: {error or repr(error)}"
+        record["status"] = f"failed: {str(error) or repr(error)}"
         raise
     finally:
         record["summary"] = _summary(trainer, trainer.step - first)
-        folder.write_record(out_dir, record)
+        with suppress(OSError) if record["status"].startswith("failed") else nullcontext():  # a full disk has been told of
+            folder.write_record(out_dir, record)
         tracker.say(f"time: {trainer.clock.summary()}; {_speed(trainer, trainer.step - first)}")
         if tracker.mirror:
             tracker.mirror.close(0 if record["status"] == "complete" else 1, record["summary"])

@@ -115,7 +115,7 @@ def speak(checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int
     tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(prompt)
     model = checkpoint.build_model()
-    if len(ids) > (block := model.config.block_size):
+    if len(ids) > (block := checkpoint.config.block_size):
         log.warning("warning: the prompt has %d tokens; the model sees the last %d", len(ids), block)
     for sample in range(num_samples):
         yield prompt

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop; it does so after the step it is in."""
+"""SIGINT, SIGTERM and SIGHUP (a closed terminal) ask a run to stop; it does so after the step it is in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not let us
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
                 self._before[number] = signal.signal(number, self._note)
         return self
 

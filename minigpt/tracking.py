@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.folder import METRICS, SAMPLES
+from minigpt.folder import METRICS, SAMPLES, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,9 +52,11 @@ class Tracker(Quiet):
 
         self.out_dir, self.max_steps = out_dir, max_steps
         self.console = console or Console()
+        self.console.on_broken_pipe = self._go_on_silently  # type: ignore[method-assign]  # Rich's own ends the process
         self.mirror: Mirror | None = None
         self._drop_after(first_step)
-        self._metrics = open(out_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
+        # line-buffered: a killed run keeps every line it will not make again; closed by __exit__
+        self._metrics = open(out_dir / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -71,7 +76,13 @@ class Tracker(Quiet):
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._metrics.close()
+        with suppress(OSError):  # of a line that could not be written, which `step` has told of
+            self._metrics.close()
+
+    def _go_on_silently(self) -> None:
+        """Nobody reads the terminal's output any more, as in `… | head`; the run's files are written all the same."""
+        self.console.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def say(self, text: str) -> None:
         self.console.print(text, **PLAIN, soft_wrap=True)
@@ -87,10 +98,11 @@ class Tracker(Quiet):
         self.console.print(table)
 
     def step(self, row: dict[str, Any]) -> None:
-        """One whole line a step, flushed before the step's checkpoint: a killed run keeps every line it will not make again."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.out_dir / METRICS} could not be written ({error}); go on with --resume") from None
         if self.mirror:
             self.mirror.log(row["step"], row)
         speed = 0.0
@@ -125,7 +137,7 @@ class Tracker(Quiet):
             return
         folder = self.out_dir / SAMPLES
         folder.mkdir(exist_ok=True)
-        (folder / f"step-{step:06d}.txt").write_text(text, encoding="utf-8")
+        write(folder / f"step-{step:06d}.txt", text)
         if self.mirror:
             self.mirror.sample(step, text)
         shown = text if step == self.max_steps else "\n".join(text.splitlines()[:6])
@@ -136,10 +148,9 @@ class Tracker(Quiet):
         path = self.out_dir / METRICS
         if not path.exists():
             return
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(path)
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
+        if kept != path.read_text(encoding="utf-8"):
+            write(path, kept)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -76,7 +76,8 @@ class Trainer:
             # without the saved groups, for the hyper-parameters are those of `config`
             self.optimizer.load_state_dict(resumed.optimizer | {"param_groups": [{}] * len(self.optimizer.param_groups)})
             self.step, self.tokens, self.seconds = resumed.step, resumed.tokens, resumed.seconds
-            self.val_loss, self.best_val_loss, self.skipped = resumed.val_loss, resumed.best_val_loss, resumed.skipped
+            self.val_loss, self.best_val_loss = resumed.val_loss, resumed.best_val_loss
+            self.skipped, self.skipped_in_a_row = resumed.skipped, resumed.skipped_in_a_row
 
     def train(self, tracker: Quiet) -> bool:
         """Train from the current step to max_steps, or until asked to stop; whether max_steps was reached."""
@@ -101,7 +102,7 @@ class Trainer:
                 self.save()
             if made.stop:
                 break
-        return self.step == config.max_steps
+        return self.step >= config.max_steps
 
     def train_step(self, lr: float) -> Step:
         """One optimiser step on `accumulation` micro-batches."""
@@ -120,7 +121,7 @@ class Trainer:
                 self.skipped_in_a_row = 0
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                self.optimizer.step()
+                self.optimizer.step(config.threads)
             else:  # the same numbers on every rank, so every rank leaves this update out
                 self._skip(loss, norm, lr)
         if self.ranks.size > 1 and self.step % _COMPARE_EVERY == 0:
@@ -156,8 +157,8 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise FloatingPointError(
-                f"the loss of step {self.step} is {loss} and its gradient norm {norm}, the {self.skipped_in_a_row}th step in a "
-                f"row that is not finite; go on from the last checkpoint with --resume and a smaller --lr than {lr:g}"
+                f"the loss of step {self.step} is {loss} and its gradient norm {norm}, not finite for {self.skipped_in_a_row} "
+                f"steps in a row; go on from the last checkpoint with --resume and a smaller --lr than {lr:g}"
             )
 
     def _compare_ranks(self) -> None:
@@ -183,7 +184,8 @@ class Trainer:
         with tt.no_grad(), self.clock.phase("evaluation"):
             batches = list(self.data.validation(rows=max(1, 2048 // self.config.block_size)))
             mine = [batches[i] for i in self.ranks.share(len(batches))]
-            totals = self.ranks.gather(parallel.map(total, mine, self.config.threads))
+            threads = min(self.config.threads or parallel.cpu_threads(), max(1, len(mine)))  # one batch: one thread of BLAS
+            totals = self.ranks.gather(parallel.map(total, mine, threads))
         self.model.train()
         return sum(totals) / (len(self.data.val) - 1)
 
@@ -199,7 +201,7 @@ class Trainer:
 
         self.ranks.alive()
         self.model.eval()
-        with self.clock.phase("evaluation"):
+        with self.clock.phase("evaluation"), parallel.limited(1):  # more may round otherwise
             ids = self.ranks.first(write)
         self.model.train()
         return self.tokenizer.decode(ids)
@@ -221,8 +223,15 @@ class Trainer:
                 val_loss=self.val_loss,
                 best_val_loss=self.best_val_loss,
                 skipped=self.skipped,
+                skipped_in_a_row=self.skipped_in_a_row,
                 text_sha256=self.corpus.sha256,
             )
+            for name, array in state.model.items():
+                if not np.isfinite(array).all():  # one update can do that, where lr · weight_decay is absurd
+                    raise FloatingPointError(
+                        f"the weights {name} are not finite after step {self.step}, which is not saved; go on from the last "
+                        "checkpoint with --resume and a smaller --lr or --weight-decay"
+                    )
             # best first: whoever is killed in between goes on from the older last, and comes by here again
             for name in (checkpoint.BEST, checkpoint.LAST) if best else (checkpoint.LAST,):
                 checkpoint.save(self.out_dir / name, state)

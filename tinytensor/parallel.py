@@ -25,10 +25,12 @@ R = TypeVar("R")
 
 
 def cpu_threads() -> int:
-    """Threads to use: TINYTENSOR_NUM_THREADS, or this process's share of the cores that it may run on.
+    """Threads to use: as `limited`, else TINYTENSOR_NUM_THREADS, else this process's share of the cores that it may run on.
 
     Where an MPI launcher started several processes on this machine and gave them all the same cores, each takes its part.
     """
+    if _allowed is not None:
+        return _allowed
     given = os.environ.get("TINYTENSOR_NUM_THREADS")
     if given is not None:
         if not given.isdigit() or int(given) < 1:
@@ -124,42 +126,49 @@ def backward(loss_of: Callable[[T], Tensor], shards: Sequence[T], threads: int |
 
 
 class _Tree:
-    """Gradients summed in a fixed binary tree over the shards: pairs, pairs of pairs, …; an odd one out moves up alone.
+    """Gradients summed in a fixed binary tree over the shards: the sum of a stretch is that of its first half plus its second.
 
-    Whoever brings the second half of a pair adds it to the first; the result waits for its own partner.
+    Whoever brings the second of two halves adds them up; the sum then waits for, or meets, the other half of a longer stretch.
+    Halves of halves are also what 2, 4, 8, … processes share, so their sums are parts of the same tree.
     """
 
     def __init__(self, leaves: int) -> None:
-        self._widths = [leaves]
-        while self._widths[-1] > 1:
-            self._widths.append(-(-self._widths[-1] // 2))
+        self._whole: dict[tuple[int, int], tuple[int, int]] = {}  # from a half to the stretch that it is a half of
         self._waiting: dict[tuple[int, int], dict[Leaf, Array]] = {}
+        self._top = 0, leaves
         self._lock = threading.Lock()
+        stretches = [self._top]
+        for first, last in stretches:
+            if last - first > 1:
+                for half in ((first, (first + last) // 2), ((first + last) // 2, last)):
+                    self._whole[half] = first, last
+                    stretches.append(half)
 
     def add(self, place: int, gradients: dict[Leaf, Array]) -> None:
-        for level, width in enumerate(self._widths):
-            partner = (level, place ^ 1)
-            if width > 1 and place ^ 1 < width:
-                with self._lock:
-                    if partner not in self._waiting:
-                        self._waiting[level, place] = gradients
-                        return
-                    other = self._waiting.pop(partner)
-                left, right = (other, gradients) if place & 1 else (gradients, other)
-                for leaf, g in right.items():
-                    if leaf in left:
-                        left[leaf] += g
-                    else:
-                        left[leaf] = g
-                gradients = left
-            place >>= 1
-        self._waiting[len(self._widths), 0] = gradients
+        stretch = place, place + 1
+        while stretch != self._top:
+            whole = self._whole[stretch]
+            other = (whole[0], stretch[0]) if stretch[0] > whole[0] else (stretch[1], whole[1])
+            with self._lock:
+                if other not in self._waiting:
+                    self._waiting[stretch] = gradients
+                    return
+                theirs = self._waiting.pop(other)
+            left, right = (gradients, theirs) if stretch < other else (theirs, gradients)
+            for leaf, g in right.items():
+                if leaf in left:
+                    left[leaf] += g
+                else:
+                    left[leaf] = g
+            gradients, stretch = left, whole
+        self._waiting[stretch] = gradients
 
     def total(self) -> dict[Leaf, Array]:
-        return self._waiting.pop((len(self._widths), 0), {})
+        return self._waiting.pop(self._top, {})
 
 
 _worker = threading.local()
+_allowed: int | None = None
 _executor: Any = None
 _executor_threads = 0
 _executor_lock = threading.Lock()
@@ -176,10 +185,15 @@ def _pool(threads: int) -> Any:
 
 
 @contextmanager
-def blas_threads(limit: int) -> Iterator[None]:
-    """BLAS with at most `limit` threads within."""
-    with _blas().limit(limits=min([limit, *(library["num_threads"] for library in _blas().info())])):
-        yield
+def limited(threads: int) -> Iterator[None]:
+    """Within this block the process computes with at most `threads` threads, those of BLAS included."""
+    global _allowed
+    before, _allowed = _allowed, threads
+    try:
+        with _blas().limit(limits=min([threads, *(library["num_threads"] for library in _blas().info())])):
+            yield
+    finally:
+        _allowed = before
 
 
 @functools.cache

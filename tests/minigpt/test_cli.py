@@ -95,7 +95,7 @@ def test_resuming_takes_every_flag_that_is_given(tmp_path: Path, home: Path) -> 
     config = load(folder / LAST).config
     assert (config.lr, config.max_steps, config.eval_interval) == (PRESETS["shakespeare"].lr, 6, 2)
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [5, 6]
-    assert '--run "mine"' in done.stdout  # the newest run below runs/ would be another
+    assert "--run mine --prompt" in done.stdout  # the newest run below runs/ would be another
 
 
 def test_help_explains_every_setting(tmp_path: Path) -> None:

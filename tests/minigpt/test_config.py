@@ -75,7 +75,7 @@ def test_a_model_of_no_machine_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "high", "values"),
     [
-        ("lr", "inf", (-1e-3, math.inf, math.nan)),
+        ("lr", "1e+35", (-1e-3, 1e35, math.inf, math.nan)),
         ("min_lr", "inf", (-1e-3, math.inf, math.nan)),
         ("weight_decay", "inf", (-0.1, math.inf, math.nan)),
         ("beta1", "1", (-0.1, 1.0, math.nan)),
