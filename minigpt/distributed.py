@@ -32,8 +32,13 @@ class Ranks:
     rank, size = 0, 1
 
     def share(self, n: int) -> range:
-        """This rank's part of 0 … n − 1: consecutive, the earlier ranks' before the later ones'."""
-        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        """This rank's part of 0 … n − 1: halves of halves, as the tree of a step's gradient has them, then equal stretches."""
+        first, last, size = 0, n, self.size
+        while size > 1 and size % 2 == 0:
+            middle, size = (first + last) // 2, size // 2
+            first, last = (middle, last) if self.rank & size else (first, middle)
+        n, rank = last - first, self.rank % size
+        return range(first + n * rank // size, first + n * (rank + 1) // size)
 
     def gather(self, items: Iterable[T]) -> list[T]:
         """Every rank's items, in the order of the ranks, on every rank."""
@@ -48,6 +53,9 @@ class Ranks:
 
     def alive(self) -> None:
         """Say that this rank goes on, so that it is not taken for one that hangs."""
+
+    def at_rest(self) -> None:
+        """Say that this rank has nothing more to wait for."""
 
 
 class MPIRanks(Ranks):
@@ -125,6 +133,9 @@ class MPIRanks(Ranks):
     def alive(self) -> None:
         faulthandler.dump_traceback_later(self.timeout, exit=True)
 
+    def at_rest(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
 
 @contextmanager
 def ranks(device: str, timeout: float) -> Iterator[Ranks]:
@@ -135,8 +146,9 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the package, or the MPI library below it
+        cause = str(error).partition("\n")[0]
         raise RuntimeError(
-            f"an MPI launcher started {_launched()} processes, but mpi4py cannot be used ({error}); "
+            f"an MPI launcher started {_launched()} processes, but mpi4py cannot be used ({cause}); "
             "install it with: pip install -e '.[mpi]'"
         ) from None
     comm = MPI.COMM_WORLD
@@ -168,12 +180,12 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
         comm.Abort(1)  # the others may be waiting for this rank, and would wait for ever
         os._exit(1)
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        job.at_rest()
 
 
 def _launched() -> int:
     """How many processes the launcher says there are."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def _prove(steps: int, moments: Iterable[Callable[[Path], bool]]) -> int:
 def _train(folder: Path, flags: list[str]) -> subprocess.Popen[bytes]:
     resume = ["--resume"] if checkpoint.saved_in(folder) else []
     command = [sys.executable, "-c", "from minigpt.cli import train; train()", *flags, *resume, "--out-dir", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    alone = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_", "PMIX_"))}  # whoever launched this
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
 
 
 def _steps(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP (a closed terminal) ask a run to stop; it does so after the step it is in."""
+"""SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (from launchers that kill on others) ask a run to stop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are not on Windows
+
 
 class StopRequest:
-    """Within this context the first signal only sets `received`; a second one ends the process at once, as it always would."""
+    """Within this context the first signal only sets `received`, and the run stops after its step; a second one ends the process
+    at once, as it always would."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -17,7 +20,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not let us
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
+            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -102,6 +102,7 @@ class Trainer:
                 self.save()
             if made.stop:
                 break
+        self.ranks.at_rest()
         return self.step >= config.max_steps
 
     def train_step(self, lr: float) -> Step:
@@ -114,7 +115,7 @@ class Trainer:
         with clock.phase("exchange"):
             told = self.ranks.gather([(losses, self.stop.received is not None)])
             self.ranks.add_up(self.optimizer)
-        with clock.phase("optimiser"):
+        with clock.phase("optimiser"), np.errstate(invalid="ignore"):  # an infinite gradient times 0
             loss = sum(loss for losses, _ in told for loss in losses)
             norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             if math.isfinite(loss + norm):
@@ -124,7 +125,7 @@ class Trainer:
                 self.optimizer.step(config.threads)
             else:  # the same numbers on every rank, so every rank leaves this update out
                 self._skip(loss, norm, lr)
-        if self.ranks.size > 1 and self.step % _COMPARE_EVERY == 0:
+        if self.step % _COMPARE_EVERY == 0:
             self._compare_ranks()
         return Step(loss, norm, any(stopping for _, stopping in told))
 
@@ -157,19 +158,21 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise FloatingPointError(
-                f"the loss of step {self.step} is {loss} and its gradient norm {norm}, not finite for {self.skipped_in_a_row} "
+                f"the loss of step {self.step + 1} is {loss} and its gradient norm {norm}, not finite for {self.skipped_in_a_row} "
                 f"steps in a row; go on from the last checkpoint with --resume and a smaller --lr than {lr:g}"
             )
 
     def _compare_ranks(self) -> None:
         """Stop when the ranks' weights differ, which no sequence of correct steps can make them do."""
+        if self.ranks.size == 1:
+            return
         names = [name for name, _ in self.model.named_parameters()]
         hashes = [hashlib.sha256(tt.backend.to_device(p.data, "cpu").tobytes()).digest() for p in self.model.parameters()]
         for rank, theirs in enumerate(self.ranks.gather([hashes])):
             for name, own, other in zip(names, hashes, theirs, strict=True):
                 if own != other:
                     raise RuntimeError(
-                        f"after step {self.step} the weights {name} of ranks {self.ranks.rank} and {rank} differ: a machine "
+                        f"the weights {name} of ranks {self.ranks.rank} and {rank} differ: a machine "
                         "computes wrongly, or the ranks run different versions; go on from the last checkpoint with --resume"
                     )
 
@@ -237,5 +240,6 @@ class Trainer:
                 checkpoint.save(self.out_dir / name, state)
 
         self.ranks.alive()
+        self._compare_ranks()
         with self.clock.phase("checkpoint"):
             self.ranks.first(write)

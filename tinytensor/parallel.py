@@ -36,9 +36,11 @@ def cpu_threads() -> int:
         if not given.isdigit() or int(given) < 1:
             raise ValueError(f"TINYTENSOR_NUM_THREADS={given!r} must be a whole number of at least 1")
         return int(given)
-    everything = os.cpu_count() or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everything
-    return max(1, cores // _neighbours()) if cores == everything else cores
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 1) // _neighbours())
+    cores = os.sched_getaffinity(0)
+    bound = cores != os.sched_getaffinity(os.getppid())  # the launcher gave this process cores of its own
+    return len(cores) if bound else max(1, len(cores) // _neighbours())
 
 
 def _neighbours() -> int:

@@ -1165,7 +1165,7 @@ def test_as_many_skipped_in_a_row_as_allowed_end_the_run_in_one_sentence(
         run(replace(config, max_skipped=limit))
     message, folder = str(caught.value), Path("runs/tiny")
     assert "\n" not in message
-    assert re.match(rf"the loss of step {limit + 2} is .* its gradient norm (nan|inf), .*--resume and a smaller --lr", message)
+    assert re.match(rf"the loss of step {limit + 3} is .* its gradient norm (nan|inf), .*--resume and a smaller --lr", message)
     assert re.search(rf"\b{limit}\D+in a row", message)
     assert run_json(folder)["status"] == f"failed: {message}"
     assert run_json(folder)["summary"]["skipped"] == limit
