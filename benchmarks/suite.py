@@ -64,7 +64,7 @@ def machine() -> dict[str, str]:
     """What the numbers depend on."""
     versions = facts.versions("numpy", "torch", "jax", "mygrad", "autograd")
     return {
-        "CPU": f"{facts.processor()}, {len(os.sched_getaffinity(0))} cores",
+        "CPU": f"{facts.processor()}, {facts.cores()} cores",
         "BLAS of NumPy": facts.blas(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
@@ -239,6 +239,7 @@ def ranks(report: Report, rounds: int) -> None:
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 ends = [json.loads(line)["seconds"] for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
                 seconds[name].append(statistics.median(b - a for a, b in itertools.pairwise(ends)))
+                shutil.rmtree(out_dir)
     first = seconds[contenders[0][0]]
     rows_out = []
     for name, _, _, rows in contenders:

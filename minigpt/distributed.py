@@ -51,9 +51,6 @@ class Ranks:
     def add_up(self, optimizer: Optimizer) -> None:
         """Replace the gradients by the sum of every rank's."""
 
-    def alive(self) -> None:
-        """Say that this rank goes on, so that it is not taken for one that hangs."""
-
     def at_rest(self) -> None:
         """Say that this rank has nothing more to wait for."""
 
@@ -68,9 +65,11 @@ class MPIRanks(Ranks):
         self._nccl: Any = None
 
     def gather(self, items: Iterable[T]) -> list[T]:
+        self._alive()
         return [item for part in self.comm.allgather(list(items)) for item in part]
 
     def first(self, f: Callable[[], T]) -> T:
+        self._alive()
         answer: tuple[T | None, Exception | None] = None, None
         if self.rank == 0:
             try:
@@ -130,7 +129,8 @@ class MPIRanks(Ranks):
             self._nccl = init_process_group(self.size, self.rank, use_mpi=True)
         return self._nccl
 
-    def alive(self) -> None:
+    def _alive(self) -> None:
+        """Say that this rank goes on, wherever it meets the others: one that is not seen there for `timeout` seconds hangs."""
         faulthandler.dump_traceback_later(self.timeout, exit=True)
 
     def at_rest(self) -> None:
@@ -160,14 +160,13 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
             )
         yield Ranks()
         return
-    if device == "cuda":
-        import cupy
-
-        local = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
-        cupy.cuda.Device(local % cupy.cuda.runtime.getDeviceCount()).use()
     job = MPIRanks(comm, timeout)
-    job.alive()
     try:
+        if device == "cuda":
+            import cupy
+
+            local = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+            cupy.cuda.Device(local % cupy.cuda.runtime.getDeviceCount()).use()
         yield job
         comm.Barrier()  # nobody leaves before rank 0 has written and said everything: a launcher may end the rest then
     except BaseException as error:
@@ -177,6 +176,7 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
             time.sleep(1)  # for rank 0 to write down what it, too, may have met
         sys.stdout.flush()
         print(f"error on rank {job.rank} of {job.size}: {str(error) or repr(error)}", file=sys.stderr, flush=True)
+        time.sleep(0.2)  # for the launcher to pass that on
         comm.Abort(1)  # the others may be waiting for this rank, and would wait for ever
         os._exit(1)
     finally:

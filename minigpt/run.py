@@ -46,7 +46,7 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
         trainer = Trainer(config, corpus, out_dir, saved, job)
         with trainer.stop:
             if job.rank:
-                finished = trainer.train(Quiet())
+                finished = trainer.step >= config.max_steps or trainer.train(Quiet())
             else:
                 with folder.locked(out_dir):
                     if checkpoint.versions(out_dir) != (saved.beside if saved else []):
@@ -95,7 +95,8 @@ def _stopper(trainer: Trainer) -> str:
 def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
     """Keep run.json, and its mirror, true: what the run is when it begins, how it ended and where its time went."""
     config, out_dir, first = trainer.config, trainer.out_dir, trainer.step
-    record = folder.read_record(out_dir) or {"id": secrets.token_hex(4), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    record = {"id": secrets.token_hex(4), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | folder.read_record(out_dir)
+    record.pop("summary", None)
     record |= {
         "status": "running",
         "config": config.to_dict(),
@@ -112,6 +113,7 @@ def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
         tracker.mirror = Mirror(record["id"], out_dir.name, record["config"], out_dir, tracker.say)
     try:
         yield
+        tracker.say(f"time: {trainer.clock.summary()}; {_speed(trainer, trainer.step - first)}")
         record["status"] = "complete" if trainer.step == config.max_steps else f"stopped by {_stopper(trainer)}"
     except BaseException as error:
         record["status"] = f"failed: {str(error) or repr(error)}"
@@ -120,7 +122,6 @@ def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
         record["summary"] = _summary(trainer, trainer.step - first)
         with suppress(OSError) if record["status"].startswith("failed") else nullcontext():  # a full disk has been told of
             folder.write_record(out_dir, record)
-        tracker.say(f"time: {trainer.clock.summary()}; {_speed(trainer, trainer.step - first)}")
         if tracker.mirror:
             tracker.mirror.close(0 if record["status"] == "complete" else 1, record["summary"])
 

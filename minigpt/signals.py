@@ -11,8 +11,8 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # the last two are not on 
 
 
 class StopRequest:
-    """Within this context the first signal only sets `received`, and the run stops after its step; a second one ends the process
-    at once, as it always would."""
+    """Within this context a signal only sets `received`, and the run stops after its step; a second SIGINT or SIGTERM ends the
+    process at once, as it always would."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -30,5 +30,6 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        for caught in self._before:
-            signal.signal(caught, signal.SIG_DFL)
+        if number in (signal.SIGINT, signal.SIGTERM):
+            for impatient in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(impatient, signal.SIG_DFL)

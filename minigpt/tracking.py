@@ -24,23 +24,11 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  #
 class Quiet:
     """The tracker of a rank that does not report."""
 
-    def __enter__(self) -> Quiet:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def header(self, rows: dict[str, str]) -> None:
-        """A table of facts about the run."""
-
     def step(self, row: dict[str, Any]) -> None:
         """After each optimiser step, and after the evaluation where one was due: the numbers of metrics.jsonl."""
 
     def sample(self, step: int, text: str) -> None:
         """Verse written after an evaluation."""
-
-    def say(self, text: str) -> None:
-        """A line for the terminal."""
 
 
 class Tracker(Quiet):

@@ -60,8 +60,9 @@ class Trainer:
                 f"{self.ranks.size} ranks share {parts} shards, so some would have nothing to do; "
                 "start fewer, or raise --shards, --micro-batch or --accumulation"
             )
-        cores = config.threads or parallel.cpu_threads()
-        self.threads = cores if parts == 1 else min(cores, len(self.mine))  # a single shard leaves the cores to BLAS
+        cores = parallel.cpu_threads()
+        self.side_by_side = min(cores, len(self.mine))
+        self.threads = cores if parts == 1 else self.side_by_side  # a single shard leaves the cores to BLAS
         with random.scope(config.seed):
             self.model = GPT(config.model(self.tokenizer.vocab_size)).to(config.device)
         self.optimizer = optim.AdamW(
@@ -85,6 +86,7 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         if self.step == 0:
             self.save()  # so that a run that is stopped at any time can be resumed
+        self._compare_ranks()  # they may have read different checkpoints
         while self.step < config.max_steps:
             lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
             made = self.train_step(lr)
@@ -100,7 +102,7 @@ class Trainer:
             if evaluated or made.stop or (config.save_interval and self.step % config.save_interval == 0):
                 self.seconds = time.perf_counter() - started
                 self.save()
-            if made.stop:
+            if made.stop or (evaluated and any(self.ranks.gather([self.stop.received is not None]))):
                 break
         self.ranks.at_rest()
         return self.step >= config.max_steps
@@ -108,26 +110,25 @@ class Trainer:
     def train_step(self, lr: float) -> Step:
         """One optimiser step on `accumulation` micro-batches."""
         config, clock = self.config, self.clock
-        self.ranks.alive()
         self.model.zero_grad()
         with clock.phase("backward"):
             losses = parallel.backward(self.shard_loss, self.mine, self.threads)
         with clock.phase("exchange"):
-            told = self.ranks.gather([(losses, self.stop.received is not None)])
+            gathered = self.ranks.gather([(losses, self.stop.received is not None)])
             self.ranks.add_up(self.optimizer)
         with clock.phase("optimiser"), np.errstate(invalid="ignore"):  # an infinite gradient times 0
-            loss = sum(loss for losses, _ in told for loss in losses)
+            loss = sum(part for losses, _ in gathered for part in losses)
             norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             if math.isfinite(loss + norm):
                 self.skipped_in_a_row = 0
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                self.optimizer.step(config.threads)
+                self.optimizer.step()
             else:  # the same numbers on every rank, so every rank leaves this update out
                 self._skip(loss, norm, lr)
         if self.step % _COMPARE_EVERY == 0:
             self._compare_ranks()
-        return Step(loss, norm, any(stopping for _, stopping in told))
+        return Step(loss, norm, any(stopping for _, stopping in gathered))
 
     def row(self, made: Step, lr: float, val_loss: float | None) -> dict[str, Any]:
         """The line of metrics.jsonl for the step just made."""
@@ -146,10 +147,10 @@ class Trainer:
         """The share of a step's mean loss that comes from one shard, a few rows of one of its micro-batches."""
         config = self.config
         micro_step, part = divmod(shard, self.shards)
-        with self.clock.phase("data", self.threads):
+        with self.clock.phase("data", self.side_by_side):
             x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
         rows = slice(part * len(x) // self.shards, (part + 1) * len(x) // self.shards)
-        with self.clock.phase("forward", self.threads), random.scope(config.seed, self.step, shard):
+        with self.clock.phase("forward", self.side_by_side), random.scope(config.seed, self.step, shard):
             _, loss = self.model(x[rows], y[rows])
             return loss * (y[rows].size / config.tokens_per_step)
 
@@ -158,8 +159,9 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped:
             raise FloatingPointError(
-                f"the loss of step {self.step + 1} is {loss} and its gradient norm {norm}, not finite for {self.skipped_in_a_row} "
-                f"steps in a row; go on from the last checkpoint with --resume and a smaller --lr than {lr:g}"
+                f"the loss of step {self.step + 1} is {loss} and its gradient norm {norm}, not finite for "
+                f"{self.skipped_in_a_row} steps in a row; go on from the last checkpoint with --resume and a smaller --lr "
+                f"than {lr:g}"
             )
 
     def _compare_ranks(self) -> None:
@@ -172,8 +174,8 @@ class Trainer:
             for name, own, other in zip(names, hashes, theirs, strict=True):
                 if own != other:
                     raise RuntimeError(
-                        f"the weights {name} of ranks {self.ranks.rank} and {rank} differ: a machine "
-                        "computes wrongly, or the ranks run different versions; go on from the last checkpoint with --resume"
+                        f"the weights {name} of ranks {self.ranks.rank} and {rank} differ: they read different checkpoints, "
+                        "run different versions, or one computes wrongly; go on from the last checkpoint with --resume"
                     )
 
     def evaluate(self) -> float:
@@ -182,12 +184,11 @@ class Trainer:
         def total(batch: tuple[np.ndarray, np.ndarray]) -> float:
             return self.model(*batch)[1].item() * batch[1].size
 
-        self.ranks.alive()
         self.model.eval()
         with tt.no_grad(), self.clock.phase("evaluation"):
             batches = list(self.data.validation(rows=max(1, 2048 // self.config.block_size)))
             mine = [batches[i] for i in self.ranks.share(len(batches))]
-            threads = min(self.config.threads or parallel.cpu_threads(), max(1, len(mine)))  # one batch: one thread of BLAS
+            threads = min(parallel.cpu_threads(), len(mine)) or 1  # one batch: one thread of BLAS, for two may round otherwise
             totals = self.ranks.gather(parallel.map(total, mine, threads))
         self.model.train()
         return sum(totals) / (len(self.data.val) - 1)
@@ -202,7 +203,6 @@ class Trainer:
         def write() -> list[int]:
             return list(generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed)))
 
-        self.ranks.alive()
         self.model.eval()
         with self.clock.phase("evaluation"), parallel.limited(1):  # more may round otherwise
             ids = self.ranks.first(write)
@@ -239,7 +239,6 @@ class Trainer:
             for name in (checkpoint.BEST, checkpoint.LAST) if best else (checkpoint.LAST,):
                 checkpoint.save(self.out_dir / name, state)
 
-        self.ranks.alive()
         self._compare_ranks()
         with self.clock.phase("checkpoint"):
             self.ranks.first(write)

@@ -103,8 +103,8 @@ class Optimizer:
             if name in group and not (group[name] >= 0 and math.isfinite(group[name])):
                 raise ValueError(f"{type(self).__name__}: {name} must be finite and not negative, got {group[name]}")
 
-    def step(self, threads: int | None = None) -> None:
-        """Update every parameter that has a gradient, with at most `threads` threads (by default `parallel.cpu_threads()`)."""
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
         pieces = []
         for (buffer, places), state in zip(self._buffers, self._state, strict=True):
             for first, last in self._stretches(places, buffer.gather()):
@@ -114,7 +114,7 @@ class Optimizer:
                     moments = [state[name][piece] for name in self.state_names]
                     pieces.append((buffer.data[piece], buffer.grad[piece], moments, group, steps))
         large = sum(p.size for p, *_ in pieces) > _PIECE  # a small update is over before a second thread wakes
-        parallel.map(lambda piece: self._update(*piece), pieces, threads=threads if large else 1)
+        parallel.map(lambda piece: self._update(*piece), pieces, threads=None if large else 1)
         for buffer, _ in self._buffers:
             writes.record(buffer.data)
 

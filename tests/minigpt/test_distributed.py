@@ -757,7 +757,7 @@ def test_threads_under_a_launcher(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores if process else allowed)), raising=False)
     assert parallel.cpu_threads() == expected
 
 
@@ -765,10 +765,9 @@ def test_a_run_of_one_thread_updates_a_large_model_in_one_thread(monkeypatch: py
     def started(threads: int) -> Any:
         raise AssertionError(f"{threads} more threads")
 
-    made = trainer(threads=1, n_layer=1, n_embd=256, micro_batch=2)
-    monkeypatch.setattr(parallel, "cpu_threads", lambda: 2)
     monkeypatch.setattr(parallel, "_pool", started)
-    made.train_step(1e-3)
+    with parallel.limited(1):
+        trainer(n_layer=1, n_embd=256, micro_batch=2).train_step(1e-3)
 
 
 def test_the_module_mpi4py_runs_the_script(home: Path, alone: Callable[..., dict[str, Any]]) -> None:
