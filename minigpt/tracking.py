@@ -86,6 +86,7 @@ class Tracker(Quiet):
         self.console.print(table)
 
     def step(self, row: dict[str, Any]) -> None:
+        evaluated = row["val_loss"] is not None
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         try:
             self._metrics.write(json.dumps(row) + "\n")
@@ -97,14 +98,15 @@ class Tracker(Quiet):
         if self._last is not None and row["seconds"] > self._last[0]:
             self._durations.append(row["seconds"] - self._last[0])
             speed = (row["tokens"] - self._last[1]) / statistics.median(self._durations[-20:])
-        self._last = (row["seconds"], row["tokens"]) if row["val_loss"] is None else None
+        self._last = (row["seconds"], row["tokens"]) if not evaluated else None
         loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
         numbers = f"loss {loss}  lr {row['lr']:.1e}  {speed:,.0f} tokens/s"
         self._progress.update(self._task, completed=row["step"], numbers=numbers)
         if row["train_loss"] is None or row["grad_norm"] is None:
             self.console.print(f"[yellow]step {row['step']}: loss or gradient is not finite, update skipped[/yellow]")
-        if row["val_loss"] is not None:
-            shown = f"[bold]step {row['step']}[/bold]  validation loss [bold]{row['val_loss']:.4f}[/bold]"
+        if evaluated:
+            loss = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+            shown = f"[bold]step {row['step']}[/bold]  validation loss [bold]{loss}[/bold]"
             self.console.print(f"{shown}  {duration(row['seconds'])}")
         if not self._estimated:
             measured = sum(self._durations)

@@ -61,6 +61,7 @@ def test_the_record_is_strict_json_whatever_the_numbers(tmp_path: Path) -> None:
     read = json.loads(line, parse_constant=pytest.fail)
     assert (read["train_loss"], read["val_loss"], read["grad_norm"]) == (None, None, None)
     assert "step 1: loss or gradient is not finite, update skipped" in told(made)
+    assert "step 1  validation loss not finite" in told(made)
     plot(tmp_path / "metrics.jsonl", tmp_path / "curve.png", "nothing to draw")
 
 
