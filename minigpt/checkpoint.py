@@ -112,11 +112,14 @@ def _seal(state: str, tensors: dict[str, np.ndarray]) -> str:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint; CheckpointError says what is wrong with the file."""
+    beside = versions(path.parent)
     state, tensors = _read(path)
     try:
-        return _restored(path, state, tensors)
+        found = _restored(state, tensors)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error!r}") from None
+    found.path, found.beside = path, beside
+    return found
 
 
 def versions(folder: Path) -> list[tuple[str, int, int]]:
@@ -196,7 +199,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return state, tensors
 
 
-def _restored(path: Path, state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
+def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoint:
     optimizer = {k: state["optimizer"][k] for k in ("steps", "param_groups")}
     for moment in state["optimizer"]["moments"]:
         optimizer[moment] = [tensors[f"optimizer.{moment}.{i}"] for i in range(len(optimizer["steps"]))]
@@ -205,7 +208,6 @@ def _restored(path: Path, state: dict[str, Any], tensors: dict[str, np.ndarray])
         tokenizer=tokenizer.from_dict(state["tokenizer"]),
         model={name[len("model.") :]: array for name, array in tensors.items() if name.startswith("model.")},
         optimizer=optimizer,
-        path=path,
         **{k: state[k] for k in _PLAIN},
     )
 
