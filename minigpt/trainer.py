@@ -86,7 +86,8 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         if self.step == 0:
             self.save()  # so that a run that is stopped at any time can be resumed
-        self._compare_ranks()  # they may have read different checkpoints
+        else:
+            self._compare_ranks()  # they may have read different checkpoints
         while self.step < config.max_steps:
             lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
             made = self.train_step(lr)

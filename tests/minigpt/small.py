@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from minigpt.checkpoint import BEST, LAST, CheckpointError, load
 from minigpt.config import TrainConfig
 from minigpt.corpus import Corpus
+from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
 
 NAMES = ("ANNA", "BERT", "THE MILLER", "ZOË")
@@ -61,3 +64,26 @@ def distance(ours: Any, theirs: Any) -> float:
     assert a.shape == b.shape
     norm = float(np.linalg.norm(b))
     return float(np.linalg.norm(a - b)) / (norm or 1.0)
+
+
+def record(out_dir: Path) -> dict[str, Any]:
+    """Everything that a run leaves but the time it took."""
+    saved = load(out_dir / LAST)
+    return {
+        "metrics": [row | {"seconds": None} for row in read_metrics(out_dir / "metrics.jsonl")],
+        "model": {name: a.tobytes() for name, a in saved.model.items()},
+        "moments": [a.tobytes() for name in ("exp_avg", "exp_avg_sq") for a in saved.optimizer[name]],
+        "numbers": (saved.step, saved.tokens, saved.val_loss, saved.best_val_loss, saved.skipped, saved.optimizer["steps"]),
+        "best": load(out_dir / BEST).step,
+        "samples": {p.name: p.read_text() for p in (out_dir / "samples").iterdir()},
+    }
+
+
+def refusal(path: Path) -> str:
+    """What `load` says of a file that it refuses: one line that names it."""
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from minigpt import checkpoint
 from minigpt.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, load, load_run, newest_run
 from minigpt.trainer import Trainer
-from tests.minigpt.small import trainer
+from tests.minigpt.small import refusal, trainer
 
 
 @pytest.fixture(name="trained")
@@ -129,15 +129,6 @@ def test_the_file_is_on_disk_before_it_has_its_name(trained: Trainer, monkeypatc
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
     checkpoint.save(trained.out_dir / "x", load(trained.out_dir / LAST))
     assert order == ["sync", "rename", "sync"]  # the file, its name, the folder that holds the name
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "\n" not in message
-    return message
 
 
 def test_a_file_cut_short_anywhere_is_refused_by_name(trained: Trainer, tmp_path: Path) -> None:

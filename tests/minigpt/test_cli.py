@@ -230,6 +230,18 @@ def test_a_reader_may_leave_early(home: Path) -> None:
     assert errors == b""
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    (tmp_path / "verse.txt").write_text(verse(), encoding="utf-8")
+    args = command("train.py", "quick", *SHORT)
+    with subprocess.Popen(args, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, b"")
+    assert load(tmp_path / "runs" / "quick" / LAST).step == 4
+
+
 def test_importing_minigpt_is_light() -> None:
     heavy = ("matplotlib", "rich", "wandb", "tyro", "torch", "safetensors", "cupy")
     code = f"import minigpt, sys; print([m for m in {heavy} if m in sys.modules])"

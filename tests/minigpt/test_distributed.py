@@ -19,11 +19,11 @@ from typing import IO, Any, NamedTuple
 import pytest
 
 from minigpt import folder
-from minigpt.checkpoint import BEST, LAST, load, load_newest
+from minigpt.checkpoint import LAST, load, load_newest
 from minigpt.cli import STOPPED
 from minigpt.distributed import Ranks
 from minigpt.tracking import read_metrics
-from tests.minigpt.small import trainer, verse
+from tests.minigpt.small import record, trainer, verse
 from tinytensor import parallel
 
 ROOT = Path(__file__).parents[2]
@@ -175,19 +175,6 @@ def finish(home: Path, ranks: int, *flags: str, before: str = "", env: dict[str,
 def folder_with_a_text(tmp_path: Path) -> Path:
     (tmp_path / "verse.txt").write_text(verse(), encoding="utf-8")
     return tmp_path
-
-
-def record(out_dir: Path) -> dict[str, Any]:
-    """Everything that a run leaves but the time it took."""
-    saved = load(out_dir / LAST)
-    return {
-        "metrics": [row | {"seconds": None} for row in read_metrics(out_dir / "metrics.jsonl")],
-        "model": {name: a.tobytes() for name, a in saved.model.items()},
-        "moments": [a.tobytes() for name in ("exp_avg", "exp_avg_sq") for a in saved.optimizer[name]],
-        "numbers": (saved.step, saved.tokens, saved.val_loss, saved.best_val_loss, saved.skipped, saved.optimizer["steps"]),
-        "best": load(out_dir / BEST).step,
-        "samples": {p.name: p.read_text() for p in (out_dir / "samples").iterdir()},
-    }
 
 
 def losses(out_dir: Path) -> list[float]:

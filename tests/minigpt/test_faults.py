@@ -33,14 +33,14 @@ import safetensors.numpy
 import tinytensor as tt
 from minigpt import checkpoint, cli, facts
 from minigpt import run as run_module
-from minigpt.checkpoint import BEST, KEPT, LAST, PREVIOUS, Checkpoint, CheckpointError, load, load_newest
+from minigpt.checkpoint import BEST, KEPT, LAST, PREVIOUS, Checkpoint, load, load_newest
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.folder import LOCK, METRICS, RECORD
 from minigpt.run import run
 from minigpt.tokenizer import CharTokenizer
 from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
-from tests.minigpt.small import TINY, verse
+from tests.minigpt.small import TINY, refusal, verse
 
 resource = pytest.importorskip("resource", reason="limits of a process, for which this system has none")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts are Linux's")
@@ -519,15 +519,6 @@ def hand_made(weight: np.ndarray) -> Checkpoint:
     return Checkpoint(
         TINY, CharTokenizer("\nabé"), {"w": weight}, optimizer, **numbers, skipped_in_a_row=0, text_sha256="0" * 64
     )
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "\n" not in message
-    return message
 
 
 def test_a_flipped_bit_anywhere_is_refused_by_name(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from minigpt.run import run
 from minigpt.schedule import warmup_cosine
 from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
-from tests.minigpt.small import TINY, trainer, verse
+from tests.minigpt.small import TINY, record, trainer, verse
 
 KEYS = ["step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "seconds", "skipped"]
 
@@ -35,19 +35,6 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
 
 def losses(out_dir: Path) -> list[float]:
     return [row["train_loss"] for row in read_metrics(out_dir / "metrics.jsonl")]
-
-
-def record(out_dir: Path) -> dict[str, Any]:
-    """Everything that a run leaves but the time it took."""
-    saved = load(out_dir / LAST)
-    return {
-        "metrics": [row | {"seconds": None} for row in read_metrics(out_dir / "metrics.jsonl")],
-        "model": {name: a.tobytes() for name, a in saved.model.items()},
-        "moments": [a.tobytes() for name in ("exp_avg", "exp_avg_sq") for a in saved.optimizer[name]],
-        "numbers": (saved.step, saved.tokens, saved.val_loss, saved.best_val_loss, saved.optimizer["steps"]),
-        "best": load(out_dir / BEST).step,
-        "samples": {p.name: p.read_text() for p in (out_dir / "samples").iterdir()},
-    }
 
 
 def test_metrics_have_a_line_a_step(config: TrainConfig) -> None:
