@@ -119,12 +119,16 @@ class TrainConfig:
     """weights, batches and dropout are functions of it"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arrays live"""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """how exactly a GPU multiplies matrices; weights, sums and the residual stream are float32 in any case"""
+    cuda_graph: bool = True
+    """replay each micro-step on a GPU as one CUDA graph; the same bits without"""
     threads: int | None = None
     """cores to use; by default TINYTENSOR_NUM_THREADS, or all that this process may run on"""
     shards: int | None = None
     """parts that a micro-batch is cut into, each computed by one thread; dropout masks and rounding depend on it, not on the
     threads (but a single shard leaves the threads to BLAS, whose products may round otherwise). By default one for 1,024
-    tokens, and at least two; more keep more cores busy"""
+    tokens, and at least two; more keep more cores busy. On a GPU one"""
     rank_timeout: int = 600
     """seconds without a step after which a job of several processes ends, because one of them hangs"""
     wandb: bool = True
@@ -152,6 +156,10 @@ class TrainConfig:
         _check_whole(self, **{name: 1 for name in ("threads", "shards", "save_interval") if getattr(self, name) is not None})
         self.model(vocab_size=1)
         _require(
+            self.precision == "fp32" or self.device == "cuda",
+            f"precision={self.precision!r} needs device='cuda'; the CPU computes in fp32",
+        )
+        _require(
             self.tokens_per_step < 10**10,
             f"micro_batch={self.micro_batch}, accumulation={self.accumulation} and block_size={self.block_size} make "
             f"{self.tokens_per_step:.2g} tokens a step; use smaller ones",
@@ -163,9 +171,11 @@ class TrainConfig:
         return GPTConfig(vocab_size, **{name: getattr(self, name) for name in sorted(shared)})
 
     def resolved_shards(self) -> int:
-        """`shards`, or by default a power of two: one for 1,024 tokens or so, at least two, at most micro_batch."""
+        """`shards`, or by default a power of two: one for 1,024 tokens or so, at least two, at most micro_batch; 1 on a GPU."""
         if self.shards is not None:
             return min(self.shards, self.micro_batch)
+        if self.device == "cuda":
+            return 1
         wanted = max(2, self.micro_batch * self.block_size / 1024)
         return 2 ** math.floor(math.log2(min(wanted, self.micro_batch)))
 

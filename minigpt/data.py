@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 
-from tinytensor import random
+from tinytensor import backend, random
+from tinytensor.backend import Array
 
 
 class Dataset:
@@ -14,7 +16,8 @@ class Dataset:
 
     def __init__(self, ids: np.ndarray, block_size: int, train_share: float = 0.9) -> None:
         cut = int(len(ids) * train_share)
-        self.train, self.val = ids[:cut], ids[cut:]
+        self.train: Array = ids[:cut]
+        self.val = ids[cut:]
         self.block_size = block_size
         if len(self.train) <= block_size or len(self.val) < 2:
             raise ValueError(
@@ -22,12 +25,25 @@ class Dataset:
                 f"block_size={block_size} needs more than {block_size} and at least 2; use a longer text or a smaller block"
             )
 
-    def batch(self, seed: int, step: int, micro_step: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (rows, block_size): windows that start anywhere, the targets one token further on."""
+    def to(self, device: str) -> Self:
+        """Keep the text to train on there, in 32 bits a token; batches then come from there too."""
+        if device != "cpu":
+            self.train = backend.to_device(self.train.astype(np.int32), device)
+        return self
+
+    def starts(self, seed: int, step: int, micro_step: int, rows: int) -> np.ndarray:
+        """Where the rows of a batch begin: anywhere."""
         u = random.uniform(random.Key(seed, "batch", step, micro_step), (rows,), np.dtype(np.float64))
-        starts = (u * (len(self.train) - self.block_size)).astype(np.int64)
-        windows = self.train[starts[:, None] + np.arange(self.block_size + 1)]
+        return (u * (len(self.train) - self.block_size)).astype(np.int64)
+
+    def windows(self, starts: Array) -> tuple[Array, Array]:
+        """Inputs and targets (rows, block_size) of the rows that begin at `starts`, the targets one token further on."""
+        windows = self.train[starts[:, None] + np.arange(self.block_size + 1, like=starts)]
         return windows[:, :-1], windows[:, 1:]
+
+    def batch(self, seed: int, step: int, micro_step: int, rows: int) -> tuple[Array, Array]:
+        """Inputs and targets of a whole batch."""
+        return self.windows(self.starts(seed, step, micro_step, rows))
 
     def validation(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole validation split in windows side by side, at most `rows` to a batch; the last window may be shorter."""

@@ -40,9 +40,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
-        self.attn_dropout = config.dropout
-        self.n_head, self.layer = config.n_head, layer
+        self.dropout, self.n_head, self.layer = config.dropout, config.n_head, layer
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -52,9 +50,8 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y = tt.causal_attention(q, k, v, self.attn_dropout, self.training)
-        y = y.swapaxes(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        y = tt.causal_attention(q, k, v, self.dropout, self.training)
+        return self.c_proj(y.swapaxes(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -63,10 +60,9 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.c_fc(x).gelu()))
+        return self.c_proj(self.c_fc(x).gelu())
 
 
 class Block(nn.Module):
@@ -77,10 +73,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = tt.dropout_add(self.attn(self.ln_1(x), cache), x, self.dropout, self.training)
+        return tt.dropout_add(self.mlp(self.ln_2(x)), x, self.dropout, self.training)
 
 
 class GPT(nn.Module):

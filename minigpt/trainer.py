@@ -24,7 +24,9 @@ from minigpt.schedule import warmup_cosine
 from minigpt.signals import StopRequest
 from minigpt.tokenizer import make_tokenizer
 from minigpt.tracking import Quiet
-from tinytensor import optim, parallel, random
+from tinytensor import backend, optim, parallel, random
+from tinytensor.backend import Array
+from tinytensor.graph import Replayed
 
 _COMPARE_EVERY = 200  # steps between two comparisons of all ranks' weights
 
@@ -51,7 +53,7 @@ class Trainer:
         self.config, self.corpus, self.out_dir = config, corpus, out_dir
         self.ranks, self.stop = ranks or Ranks(), StopRequest()
         self.tokenizer = resumed.tokenizer if resumed else make_tokenizer(config.tokenizer, corpus.text)
-        self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size)
+        self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size).to(config.device)
         self.shards = config.resolved_shards()
         parts = config.accumulation * self.shards
         self.mine = self.ranks.share(parts)
@@ -60,7 +62,7 @@ class Trainer:
                 f"{self.ranks.size} ranks share {parts} shards, so some would have nothing to do; "
                 "start fewer, or raise --shards, --micro-batch or --accumulation"
             )
-        cores = parallel.cpu_threads()
+        cores = parallel.cpu_threads() if config.device == "cpu" else 1
         self.side_by_side = min(cores, len(self.mine))
         self.threads = cores if parts == 1 else self.side_by_side  # a single shard leaves the cores to BLAS
         with random.scope(config.seed):
@@ -68,6 +70,7 @@ class Trainer:
         self.optimizer = optim.AdamW(
             self.model.parameter_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2)
         )
+        self.replayed = Replayed(self.loss_at, config.seed, config.cuda_graph) if config.device == "cuda" else None
         self.clock = Clock()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.skipped = self.skipped_in_a_row = 0
@@ -111,9 +114,8 @@ class Trainer:
     def train_step(self, lr: float) -> Step:
         """One optimiser step on `accumulation` micro-batches."""
         config, clock = self.config, self.clock
-        self.model.zero_grad()
         with clock.phase("backward"):
-            losses = parallel.backward(self.shard_loss, self.mine, self.threads)
+            losses = self.gradients()
         with clock.phase("exchange"):
             gathered = self.ranks.gather([(losses, self.stop.received is not None)])
             self.ranks.add_up(self.optimizer)
@@ -144,16 +146,34 @@ class Trainer:
             "skipped": self.skipped,
         }
 
+    def gradients(self) -> list[float]:
+        """Make the gradient of this rank's shards, a few rows of one micro-batch each; their shares of the step's mean loss."""
+        if self.replayed is None:
+            self.model.zero_grad()
+            return parallel.backward(self.shard_loss, self.mine, self.threads)
+        self.optimizer.zero_grad(set_to_none=False)
+        losses = [self.replayed(self.step, shard, self.starts(shard)) for shard in self.mine]
+        return [loss.item() for loss in losses]  # after all are under way: the device is waited for once
+
     def shard_loss(self, shard: int) -> tt.Tensor:
-        """The share of a step's mean loss that comes from one shard, a few rows of one of its micro-batches."""
-        config = self.config
-        micro_step, part = divmod(shard, self.shards)
         with self.clock.phase("data", self.side_by_side):
-            x, y = self.data.batch(config.seed, self.step, micro_step, config.micro_batch)
-        rows = slice(part * len(x) // self.shards, (part + 1) * len(x) // self.shards)
-        with self.clock.phase("forward", self.side_by_side), random.scope(config.seed, self.step, shard):
-            _, loss = self.model(x[rows], y[rows])
-            return loss * (y[rows].size / config.tokens_per_step)
+            starts = self.starts(shard)
+        with self.clock.phase("forward", self.side_by_side), random.scope(self.config.seed, self.step, shard):
+            return self.loss_at(starts)
+
+    def starts(self, shard: int) -> np.ndarray:
+        """Where the rows of a shard begin in the text."""
+        micro_step, part = divmod(shard, self.shards)
+        starts = self.data.starts(self.config.seed, self.step, micro_step, self.config.micro_batch)
+        return starts[part * len(starts) // self.shards : (part + 1) * len(starts) // self.shards]
+
+    def loss_at(self, starts: Array) -> tt.Tensor:
+        """The share of a step's mean loss that comes from these rows."""
+        return self.loss(*self.data.windows(starts)) * (len(starts) * self.config.block_size / self.config.tokens_per_step)
+
+    def loss(self, x: Array, y: Array) -> tt.Tensor:
+        with tt.precision(self.config.precision):
+            return self.model(x, y)[1]
 
     def _skip(self, loss: float, norm: float, lr: float) -> None:
         self.skipped += 1
@@ -170,7 +190,7 @@ class Trainer:
         if self.ranks.size == 1:
             return
         names = [name for name, _ in self.model.named_parameters()]
-        hashes = [hashlib.sha256(tt.backend.to_device(p.data, "cpu").tobytes()).digest() for p in self.model.parameters()]
+        hashes = [hashlib.sha256(backend.to_device(p.data, "cpu").tobytes()).digest() for p in self.model.parameters()]
         for rank, theirs in enumerate(self.ranks.gather([hashes])):
             for name, own, other in zip(names, hashes, theirs, strict=True):
                 if own != other:
@@ -183,13 +203,14 @@ class Trainer:
         """Mean loss in nats per token over the whole validation split."""
 
         def total(batch: tuple[np.ndarray, np.ndarray]) -> float:
-            return self.model(*batch)[1].item() * batch[1].size
+            return self.loss(*batch).item() * batch[1].size
 
         self.model.eval()
         with tt.no_grad(), self.clock.phase("evaluation"):
             batches = list(self.data.validation(rows=max(1, 2048 // self.config.block_size)))
             mine = [batches[i] for i in self.ranks.share(len(batches))]
-            threads = min(parallel.cpu_threads(), len(mine)) or 1  # one batch: one thread of BLAS, for two may round otherwise
+            cores = parallel.cpu_threads() if self.replayed is None else 1
+            threads = min(cores, len(mine)) or 1  # one batch: one thread of BLAS, for two may round otherwise
             totals = self.ranks.gather(parallel.map(total, mine, threads))
         self.model.train()
         return sum(totals) / (len(self.data.val) - 1)

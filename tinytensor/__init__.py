@@ -7,6 +7,7 @@ from tinytensor import backend, nn, optim, parallel, testing
 from tinytensor.autograd import Op, apply, enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from tinytensor.backend import cpu as _cpu_kernels  # noqa: F401  (registers them)
 from tinytensor.backend import random
+from tinytensor.backend.precision import precision
 from tinytensor.backend.random import manual_seed
 from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, tensor, zeros, zeros_like
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
@@ -38,6 +39,7 @@ __all__ = [
     "ones_like",
     "optim",
     "parallel",
+    "precision",
     "rand",
     "randint",
     "randn",

@@ -279,7 +279,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
         y = np.asarray(y)
     if y.dtype is _FLOAT64 and "dtype" not in params and not any(getattr(a, "dtype", _FLOAT32) == _FLOAT64 for a in arrays):
         y = y.astype(backend.default_dtype)
-    if not wanted or (y.dtype is not _FLOAT32 and y.dtype.kind != "f"):
+    if not wanted or (y.dtype is not _FLOAT32 and not backend.is_float(y.dtype)):
         return Value.result_type(y)
 
     values = [y, *arrays]
@@ -343,7 +343,11 @@ def _common_device(op: type[Op], arrays: list[Any]) -> str:
     devices = {backend.device_of(a) for a in arrays if type(a) not in _SCALARS}
     if len(devices) > 1:
         raise RuntimeError(f"{op.name}: inputs live on {' and '.join(sorted(devices))}; move them with .to(device)")
-    return devices.pop() if devices else "cpu"
+    if "cuda" not in devices:
+        return "cpu"
+    if not kernels["cuda"]:
+        backend.xp_for("cuda")  # registers them
+    return "cuda"
 
 
 def _check_current(x: Value, node: Node | Leaf) -> None:
@@ -370,13 +374,14 @@ def sweep(
     retain_graph: bool = False,
     create_graph: bool = False,
     wanted: Iterable[Node | Leaf] | None = None,
-    slot_of: Callable[[Leaf], Array | None] | None = None,
+    slot_of: Callable[[Leaf], tuple[Array | None, Array | None]] | None = None,
 ) -> None:
     """Send gradients from `roots` back through the graph, newest node first.
 
     `arrived(node, total, owned)` is called for each leaf, each node with a hook or a retained gradient, and each node of
     `wanted`, with its whole gradient; `owned` says that nobody else holds that array. With `wanted`, only nodes on a way to
-    one of them are visited. `slot_of(leaf)` offers memory in which a kernel may make that leaf's gradient.
+    one of them are visited. `slot_of(leaf)` offers memory in which a kernel may make that leaf's gradient, and
+    what to add it to, as `Into.add` takes them.
     """
     on_the_way = None if wanted is None else _ways_to(set(wanted), [node for node, _ in roots])
     total: dict[Any, Any] = {}
@@ -387,12 +392,12 @@ def sweep(
         old = total.get(node)
         if old is None:
             if type(g) is Into:
-                g = g.add(slot_of(node) if slot_of is not None and node.op is None else None, True)
+                g = g.add(*(slot_of(node) if slot_of is not None and node.op is None else (None, None)))
                 owned.add(node)
             total[node] = g
             heapq.heappush(heap, (-node.serial, node))
         elif type(g) is Into:
-            total[node] = g.add(old if node in owned else backend.as_array(old).copy(), False)
+            total[node] = g.add(old, old) if node in owned else g.add(None, backend.as_array(old))
             owned.add(node)
         elif node in owned:
             old += g
@@ -450,13 +455,19 @@ def _hooked(hook: Callable[[Any], Any], g: Any, create_graph: bool) -> Any:
     return replacement if create_graph else replacement.data
 
 
-def free_slot(leaf: Leaf) -> Array | None:
+def free_slot(leaf: Leaf) -> tuple[Array | None, Array | None]:
     """The memory that an optimiser keeps for a leaf's gradient, for one pass to write into when no gradient is there yet."""
     with _deposit_lock:
         if leaf.slot is None or leaf.grad is not None or leaf.busy:
-            return None
+            return None, None
         leaf.busy = True
-        return leaf.slot
+        return leaf.slot, None
+
+
+def filled_slot(leaf: Leaf) -> tuple[Array | None, Array | None]:
+    """That memory with the gradient in it, for a pass to add to; not for leaves with hooks, which want to see its own."""
+    in_slot = leaf.grad is not None and leaf.grad.data is leaf.slot and leaf.hooks is None
+    return (leaf.slot, leaf.slot) if in_slot else (None, None)
 
 
 _deposit_lock = threading.Lock()  # two threads may differentiate through the same parameters
@@ -484,7 +495,8 @@ def deposit(node: Node | Leaf, g: Any, owned: bool) -> None:
         elif recorded or node.grad.node is not None:
             node.grad = node.grad + g
         else:
-            node.grad.data += g
+            if g is not node.grad.data:  # which a kernel has added to in its own memory
+                node.grad.data += g
             writes.record(node.grad.data)
         if in_slot:
             node.busy = False

@@ -106,15 +106,17 @@ class Optimizer:
     def step(self) -> None:
         """Update every parameter that has a gradient."""
         pieces = []
+        on_cpu = all(isinstance(buffer.data, np.ndarray) for buffer, _ in self._buffers)
         for (buffer, places), state in zip(self._buffers, self._state, strict=True):
             for first, last in self._stretches(places, buffer.gather()):
                 group, steps = self.param_groups[self._group_of[places[first]]], self._steps[places[first]]
-                for begin in range(buffer.starts[first], buffer.starts[last], _PIECE):
-                    piece = slice(begin, min(begin + _PIECE, buffer.starts[last]))
+                length = _PIECE if on_cpu else buffer.starts[last]
+                for begin in range(buffer.starts[first], buffer.starts[last], length):
+                    piece = slice(begin, min(begin + length, buffer.starts[last]))
                     moments = [state[name][piece] for name in self.state_names]
                     pieces.append((buffer.data[piece], buffer.grad[piece], moments, group, steps))
         large = sum(p.size for p, *_ in pieces) > _PIECE  # a small update is over before a second thread wakes
-        parallel.map(lambda piece: self._update(*piece), pieces, threads=None if large else 1)
+        parallel.map(lambda piece: self._update(*piece), pieces, threads=None if large and on_cpu else 1)
         for buffer, _ in self._buffers:
             writes.record(buffer.data)
 
@@ -124,9 +126,13 @@ class Optimizer:
         Writing there writes the parameters' .grad. A parameter that has none gets zeros.
         """
         for buffer, _ in self._buffers:
-            for p, slot, present in zip(buffer.parameters, buffer.slots, buffer.gather(), strict=True):
-                if not present and isinstance(p.node, Leaf):
-                    slot[...] = 0
+            present = buffer.gather()
+            if not any(present):
+                buffer.grad[...] = 0
+            for p, slot, there in zip(buffer.parameters, buffer.slots, present, strict=True):
+                if not there and isinstance(p.node, Leaf):
+                    if any(present):
+                        slot[...] = 0
                     p.grad = Tensor(slot)
         return [buffer.grad for buffer, _ in self._buffers]
 
@@ -150,10 +156,12 @@ class Optimizer:
     def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
         raise NotImplementedError
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; with set_to_none=False they become zeros, in the optimiser's own memory."""
         for p in self._parameters:
             p.grad = None
+        if not set_to_none:
+            self.flat_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Step counts, moments (copies, by parameter index) and the groups' hyper-parameters."""
@@ -245,6 +253,12 @@ class AdamW(Optimizer):
     def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
         m, v = state
         beta1, beta2 = group["betas"]
+        if not isinstance(p, np.ndarray):
+            backend.cuda.adamw(
+                p, g, m, v, beta1=beta1, beta2=beta2, eps=group["eps"], decay=1 - group["lr"] * group["weight_decay"],
+                rate=group["lr"] / (1 - beta1**step), correction=1 / math.sqrt(1 - beta2**step),
+            )  # fmt: skip
+            return
         for i in range(0, p.size, _BLOCK):
             block = slice(i, i + _BLOCK)
             self._update_block(p[block], g[block], m[block], v[block], group, beta1, beta2, step)
@@ -312,5 +326,7 @@ def _gradient_memory(parameters: list[Tensor]) -> list[Array]:
 
 
 def _sum_of_squares(a: Array) -> float:
+    if not isinstance(a, np.ndarray) and a.dtype == np.float32 and a.flags.c_contiguous:
+        return backend.cuda.sum_of_squares(a.reshape(-1))
     flat = a.reshape(-1) if a.itemsize > 2 else a.reshape(-1).astype(np.float32)
     return float(sum(float(block @ block) for block in (flat[i : i + _BLOCK] for i in range(0, flat.size, _BLOCK))))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytensor import autograd
+from tinytensor import autograd, backend
 from tinytensor.autograd import Node, Op, Spec, Value
 from tinytensor.backend import random
 from tinytensor.tensor import Tensor, root
@@ -158,14 +158,14 @@ def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
     key = random.next_key("checkpoint")
 
     def run(*args: Any) -> Tensor:
-        with random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20):
+        with random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20, place=key.place):
             return f(*args)
 
     with autograd.no_grad():
         y = run(*inputs)
     if not isinstance(y, Tensor):
         raise TypeError(f"checkpoint: f must return one tensor, it returned {type(y).__name__}")
-    if not autograd.is_grad_enabled() or y.dtype.kind != "f":
+    if not autograd.is_grad_enabled() or not backend.is_float(y.dtype):
         return y
     edges = [x.node if isinstance(x, Value) else None for x in inputs]
     node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *inputs], None)

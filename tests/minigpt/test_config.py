@@ -120,6 +120,8 @@ COMMON = {
     "sample_tokens": 300,
     "seed": 1337,
     "device": "cpu",
+    "precision": "fp32",
+    "cuda_graph": True,
     "threads": None,
     "shards": None,
     "resume": False,
@@ -188,3 +190,9 @@ def test_unknown_fields_are_named_and_missing_ones_have_defaults() -> None:
     assert TrainConfig.from_dict({"lr": 1e-3}) == TrainConfig(lr=1e-3)
     with pytest.raises(ValueError, match="lr=-1"):
         TrainConfig.from_dict({"lr": -1})
+
+
+def test_a_precision_below_fp32_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="precision='bf16' needs device='cuda'; the CPU computes in fp32"):
+        TrainConfig(precision="bf16")
+    assert TrainConfig(precision="bf16", device="cuda").resolved_shards() == 1

@@ -215,26 +215,26 @@ def test_dropout_is_for_training_and_repeats_in_its_scope() -> None:
     assert loss(1) != plain
 
 
-@pytest.mark.parametrize("place", ["drop", "attn.attn_dropout", "attn.resid_dropout", "mlp.dropout"])
-def test_dropout_falls_in_four_places(place: str) -> None:
+@pytest.mark.parametrize("place", ["embeddings", "attention", "attn", "mlp"])
+def test_dropout_falls_in_four_places(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them by itself, the other three switched off, changes the training loss."""
     model = make(replace(SMALL, dropout=0.5))
+    model.drop.p = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, CausalSelfAttention):
-            module.attn_dropout = 0.0
+        if isinstance(module, CausalSelfAttention | Block):
+            module.dropout = 0.0
     x, y = batch()
     plain = model(x, y)[1].item()
     assert plain == make()(x, y)[1].item()
-    if place == "drop":
+    if place == "embeddings":
         model.drop.p = 0.5
-    elif place == "attn.attn_dropout":
-        model.h[0].attn.attn_dropout = 0.5
-    else:
-        owner, name = place.split(".")
-        getattr(getattr(model.h[0], owner), name).p = 0.5
+    elif place == "attention":
+        model.h[0].attn.dropout = 0.5
+    else:  # of one of the two branches that join the stream
+        joins, falls = tt.dropout_add, iter([place == "attn", place == "mlp", False, False])
+        monkeypatch.setattr(tt, "dropout_add", lambda x, r, p, training: joins(x, r, 0.5 * next(falls), training))
     assert model(x, y)[1].item() != pytest.approx(plain, rel=1e-6)
+    monkeypatch.undo()
     assert model.eval()(x, y)[1].item() == plain
 
 

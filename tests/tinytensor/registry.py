@@ -180,6 +180,10 @@ def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, key: Any = N
     return x * torch.from_numpy(random.keep_mask(key, tuple(x.shape), p)) * (1 / q if q else 0)
 
 
+def dropout_add(x: Any, residual: Any, p: float = 0.5, training: bool = True, key: Any = None) -> torch.Tensor:
+    return residual + dropout(x, p, training, key)
+
+
 def causal_attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, training: bool = True, key: Any = None) -> torch.Tensor:
     T, S = q.shape[-2], k.shape[-2]
     past = torch.ones(T, S, dtype=torch.bool).tril(S - T)
@@ -739,6 +743,23 @@ OPS = [
         ],
         [Fails(Call(A(2), 1.5), ValueError, r"dropout: probability p must be in \[0, 1\], got 1.5")],
         large=(Call(A(301, 223), 0.2, key=KEY),),
+    ),
+    OpInfo(
+        "dropout_add",
+        dropout_add,
+        [
+            Call(A(2, 5), A(2, 5), 0.4, key=KEY),
+            Call(A(3), A(3), 0.4, training=False),
+            Call(A(2, 3), A(2, 3), 0.0),
+            Call(A(2, 2), A(2, 2), 1.0, key=KEY),
+            Call(A(), A(), 0.5, key=KEY),
+            Call(A(0), A(0), 0.5, key=KEY),
+        ],
+        [
+            Fails(Call(A(2), A(2), 1.5), ValueError, r"dropout_add: probability p must be in \[0, 1\], got 1.5"),
+            Fails(Call(A(2), A(3)), ValueError, r"dropout_add: shapes \(2,\) and \(3,\) of branch and residual differ"),
+        ],
+        large=(Call(A(301, 223), A(301, 223), 0.2, key=KEY),),
     ),
     OpInfo(
         "causal_attention",

@@ -21,6 +21,20 @@ _NAMES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 boo
 DTYPES = {name: np.dtype(name) for name in _NAMES.split()}
 
 
+def bfloat16() -> np.dtype:
+    """The dtype of 16-bit floats with float32's range, which NumPy knows from the package ml_dtypes."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise RuntimeError(f'bfloat16 needs ml_dtypes ({error}); pip install -e ".[gpu]"') from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether gradients flow through arrays of this dtype."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"  # whose kind is "V"
+
+
 def xp_of(*arrays: Array) -> ModuleType:
     """The array module, NumPy or CuPy, that owns these arrays."""
     cupy = sys.modules.get("cupy")
@@ -41,6 +55,8 @@ def xp_for(device: str) -> ModuleType:
         raise RuntimeError(f'device "cuda" needs CuPy ({error}); pip install -e ".[gpu]"') from None
     if not cupy.cuda.is_available():
         raise RuntimeError('device "cuda" was asked for, but CuPy finds no usable GPU; use device "cpu"')
+    from tinytensor.backend import cuda  # noqa: F401  (registers its kernels, the first time)
+
     return cupy
 
 
@@ -80,7 +96,7 @@ def as_array(data: Any, dtype: Any = None, device: str | None = None) -> Array:
             array = array.astype(default_dtype)
     if dtype is not None:
         array = array.astype(as_dtype(dtype), copy=False)
-    elif array.dtype not in DTYPES.values():
+    elif array.dtype not in DTYPES.values() and array.dtype.name != "bfloat16":
         raise TypeError(f"cannot make a tensor of dtype {array.dtype} from {type(data).__name__}; use numbers")
     return array if device is None else to_device(array, device)
 
@@ -115,15 +131,15 @@ def is_basic_index(index: Any) -> bool:
 
 
 class Into:
-    """A gradient that a kernel's vjp can add to memory that the engine already has, instead of making an array of it.
+    """A gradient that a kernel's vjp can make in memory that the engine already has, on top of what is there.
 
-    `add(out, fresh)` returns `out` with the gradient added, or holding nothing else when `fresh` (out's old content does not
-    count), or a new array when out is None. It has exactly its input's shape and dtype.
+    `add(out, base)` returns base + the gradient, or the gradient alone where base is None, in `out`, or in a new array where
+    that is None. `out` may be `base` itself. All have exactly the input's shape and dtype.
     """
 
     __slots__ = ("add",)
 
-    def __init__(self, add: Callable[[Array | None, bool], Array]) -> None:
+    def __init__(self, add: Callable[[Array | None, Array | None], Array]) -> None:
         self.add = add
 
 

@@ -140,13 +140,10 @@ class Linear:
         return y, None
 
     def vjp(g, y, x, w, b=None):
-        def dw(out, fresh):
-            if out is None:
-                return g2.T @ _rows(x)
-            if fresh:
+        def dw(out, base):
+            if base is None:
                 return np.matmul(g2.T, _rows(x), out=out)
-            out += g2.T @ _rows(x)
-            return out
+            return np.add(base, g2.T @ _rows(x), out=out)
 
         g2 = _rows(g)
         grads = (lambda: (g2 @ w).reshape(x.shape)), Into(dw)
@@ -161,11 +158,13 @@ class Getitem:
         return (x[index], None) if is_basic_index(index) else NotImplemented
 
     def vjp(g, y, x, index):
-        def add(out, fresh):
+        def add(out, base):
             if out is None:
-                out = np.zeros(x.shape, x.dtype)
-            elif fresh:
+                out = np.zeros_like(g, shape=x.shape) if base is None else base.copy()
+            elif base is None:
                 out[...] = 0
+            elif base is not out:
+                out[...] = base
             out[index] += g
             return out
 
@@ -210,6 +209,26 @@ class Dropout:
         dx = np.multiply(g, residual)
         dx *= 1 / q if q else 0
         return dx
+
+
+@register_kernel("cpu", "dropout_add")
+class DropoutAdd:
+    """As Dropout, and the sum while a block is hot."""
+
+    def forward(x, r, p, key):
+        if not p or not _plain(x, r) or x.ndim == 0:
+            return NotImplemented
+        mask, y = random.keep_mask(key, x.shape, p), np.empty(x.shape, x.dtype)
+        q = random.keep_probability(p)
+        rows, kept, stream, out = _rows(x), _rows(mask), _rows(r), _rows(y)
+        for b in _blocks(*rows.shape):
+            np.multiply(rows[b], kept[b], out=out[b])
+            out[b] *= 1 / q if q else 0
+            out[b] += stream[b]
+        return y, mask
+
+    def vjp(g, y, x, r, p, key, residual):
+        return (lambda: Dropout.vjp(g, y, x, p, key, residual)), g
 
 
 @register_kernel("cpu", "cross_entropy")

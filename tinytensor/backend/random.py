@@ -27,6 +27,7 @@ class Key(NamedTuple):
     step: int = 0
     micro_step: int = 0
     call: int = 0
+    place: Array | None = None  # where a captured CUDA graph reads step and micro_step, in their stead
 
     def generator(self) -> np.random.Generator:
         """A NumPy generator that starts at this address."""
@@ -70,7 +71,7 @@ def keep_probability(p: float) -> float:
 
 
 class _Local(threading.local):
-    scope: tuple[int, int, int, Iterator[int]] | None = None
+    scope: tuple[int, int, int, Iterator[int], Array | None] | None = None
 
 
 _local = _Local()
@@ -85,10 +86,10 @@ def manual_seed(seed: int) -> None:
 
 
 @contextmanager
-def scope(seed: int, step: int = 0, micro_step: int = 0, first_call: int = 0) -> Iterator[None]:
+def scope(seed: int, step: int = 0, micro_step: int = 0, first_call: int = 0, place: Array | None = None) -> Iterator[None]:
     """Within this block (of this thread) `next_key` counts from `first_call` at (seed, step, micro_step)."""
     outer = _local.scope
-    _local.scope = (int(seed), int(step), int(micro_step), itertools.count(first_call))
+    _local.scope = (int(seed), int(step), int(micro_step), itertools.count(first_call), place)
     try:
         yield
     finally:
@@ -99,5 +100,5 @@ def next_key(stream: str) -> Key:
     """A key that nobody else has: the next call number of the current scope."""
     if _local.scope is None:
         return Key(_default_seed, stream, call=next(_default_calls))
-    seed, step, micro_step, calls = _local.scope
-    return Key(seed, stream, step, micro_step, next(calls))
+    seed, step, micro_step, calls, place = _local.scope
+    return Key(seed, stream, step, micro_step, next(calls), place)

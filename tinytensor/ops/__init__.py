@@ -26,7 +26,7 @@ from tinytensor.ops.elementwise import (
 )
 from tinytensor.ops.index import embedding, gather, getitem, scatter_add, setitem
 from tinytensor.ops.linalg import einsum, linear, matmul
-from tinytensor.ops.neural import causal_attention, cross_entropy, dropout, layer_norm, mse_loss, rms_norm
+from tinytensor.ops.neural import causal_attention, cross_entropy, dropout, dropout_add, layer_norm, mse_loss, rms_norm
 from tinytensor.ops.reduce import (
     argmax,
     argmin,
@@ -76,6 +76,7 @@ __all__ = [
     "cumsum",
     "div",
     "dropout",
+    "dropout_add",
     "einsum",
     "embedding",
     "erf",

@@ -285,7 +285,7 @@ class Cast(Op):
 def floating(x: Any) -> Any:
     """x, with integers as float32: NumPy would compute functions of small integers in float16."""
     dtype = getattr(x, "dtype", None)
-    return x if dtype is None or dtype.kind == "f" else cast(x, backend.default_dtype)
+    return x if dtype is None or backend.is_float(dtype) else cast(x, backend.default_dtype)
 
 
 def _binary(op: type[Op], a: Any, b: Any) -> Tensor:

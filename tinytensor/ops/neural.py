@@ -53,6 +53,16 @@ class Dropout(Op):
         return g * _keep(g, key, x.shape, p)
 
 
+class DropoutAdd(Op):
+    """y = r + x·m/q, a branch's dropout added to the stream that it left;  ∂y/∂x = m/q,  ∂y/∂r = 1"""
+
+    def forward(xp, x, r, p, key):
+        return r + (x * _keep(x, key, x.shape, p) if p else x)
+
+    def vjp(g, y, x, r, p, key):
+        return (lambda: g * _keep(g, key, x.shape, p) if p else g), g
+
+
 class CausalAttention(Op):
     """y = a v,  a = softmax(q kᵀ/√d) where the key is not after the query, 0 elsewhere  (Vaswani et al. 2017)
 
@@ -146,6 +156,21 @@ def dropout(x: Any, p: float = 0.5, training: bool = True, key: random.Key | Non
     if not training or p == 0:
         return x
     return apply(Dropout, x, p=p, key=key or random.next_key("dropout"))
+
+
+def dropout_add(x: Any, residual: Any, p: float = 0.5, training: bool = True, key: random.Key | None = None) -> Tensor:
+    """residual + dropout(x, p), in one pass: how a transformer's branch joins its residual stream. Both have one shape."""
+    _check_probability("dropout_add", p)
+    x, residual = el.floating(as_value(x)), as_value(residual)
+    if x.data.shape != residual.data.shape:
+        raise ValueError(f"dropout_add: shapes {x.data.shape} and {residual.data.shape} of branch and residual differ")
+    if not training or p == 0:
+        p, key = 0.0, None
+        if x.data.dtype == residual.data.dtype:
+            return el.add(residual, x)
+    elif key is None:
+        key = random.next_key("dropout")
+    return apply(DropoutAdd, x, residual, p=p, key=key)
 
 
 def causal_attention(
