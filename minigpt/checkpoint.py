@@ -53,11 +53,11 @@ class Checkpoint:
     path: Path | None = None  # the file that it was read from,
     beside: list[tuple[str, int, int]] = field(default_factory=list)  # and the versions of its folder's checkpoints then
 
-    def build_model(self) -> GPT:
+    def build_model(self, device: str = "cpu") -> GPT:
         """The model of this checkpoint, with its weights, ready to speak."""
         model = GPT(self.config.model(self.tokenizer.vocab_size))
         model.load_state_dict(self.model)
-        return model.for_sampling()
+        return model.to(device).for_sampling()
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

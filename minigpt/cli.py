@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,7 +31,7 @@ def train() -> None:
         if config.prove_resume:
             from minigpt.prove import prove_resume
 
-            sys.exit(prove_resume())
+            sys.exit(prove_resume("--device", config.device, "--precision", config.precision))
         if config.resume:  # the flags now change that run's settings, not the preset's
             out_dir = folder.to_resume(config)
             saved = checkpoint.load_newest(out_dir)
@@ -64,6 +64,8 @@ class Generate:
     """tokens to write"""
     num_samples: int = 1
     """how many continuations"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the arrays live"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
 
@@ -75,11 +77,11 @@ def generate() -> None:
         if args.prompt_file:
             prompt = args.prompt_file.read_text("utf-8")
         model = checkpoint.load_run(args.run or checkpoint.newest_run())
-        for text in speak(model, prompt, args.max_tokens, args.num_samples, args.sampling):
+        for text in speak(model, prompt, args.max_tokens, args.num_samples, args.sampling, args.device):
             print(text, end="", flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()

@@ -51,6 +51,15 @@ def blas() -> str:
     return text + (f"; OPENBLAS_CORETYPE={forced} forces these, unset it to let OpenBLAS choose" if forced else "")
 
 
+def gpu() -> str | None:
+    """The GPU that CuPy works on, and CuPy's version; None where no array was ever put on one."""
+    cupy = sys.modules.get("cupy")
+    if cupy is None:
+        return None
+    name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.get_device_id())["name"]
+    return f"{name.decode()}, CuPy {cupy.__version__}"
+
+
 def commit() -> str | None:
     """The git commit of this code, "+" after it where files were changed since; None outside a checkout."""
     here = Path(__file__).parent
@@ -89,6 +98,6 @@ def all_of_them() -> dict[str, Any]:
     """For run.json."""
     return {
         "versions": {"minigpt": tt.__version__, **versions("numpy", "safetensors")},
-        "hardware": {"processor": processor(), "cores": cores(), "blas": blas(), "host": platform.node()},
+        "hardware": {"processor": processor(), "cores": cores(), "blas": blas(), "gpu": gpu(), "host": platform.node()},
         "commit": commit(),
     }

@@ -21,9 +21,9 @@ _SETTINGS = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --micro-batch 4 
 _OFTEN = "--eval-interval 10 --save-interval 4 --sample-tokens 20 --no-wandb"  # much to be killed in, and steps of milliseconds
 
 
-def prove_resume() -> int:
-    """Kill a run at its 13th step, between two checkpoints; the exit status."""
-    return _prove(24, [lambda folder: _steps(folder) >= 13])
+def prove_resume(*flags: str) -> int:
+    """Kill a run at its 13th step, between two checkpoints; the exit status. `flags` say what else to train with."""
+    return _prove(24, [lambda folder: _steps(folder) >= 13], flags)
 
 
 def soak(kills: int, seed: int = 0) -> int:
@@ -37,12 +37,12 @@ def soak(kills: int, seed: int = 0) -> int:
     return _prove(60 * kills, (after(rng.uniform(0.2, 2.5)) for _ in range(kills)))
 
 
-def _prove(steps: int, moments: Iterable[Callable[[Path], bool]]) -> int:
+def _prove(steps: int, moments: Iterable[Callable[[Path], bool]], further: Iterable[str] = ()) -> int:
     """Train `steps` steps twice, once killed at each of the `moments`; print the hashes of what came of it."""
     with tempfile.TemporaryDirectory() as home:
         text, whole, killed = Path(home, "text.txt"), Path(home, "whole"), Path(home, "killed")
         text.write_text("".join(f"To be, or not to be: that is question {i * i}.\n" for i in range(400)), encoding="utf-8")
-        flags = ["quick", *_SETTINGS.split(), *_OFTEN.split(), "--data", str(text), "--max-steps", str(steps)]
+        flags = ["quick", *_SETTINGS.split(), *_OFTEN.split(), "--data", str(text), "--max-steps", str(steps), *further]
         ends = [_train(whole, flags).wait()]
         for number, moment in enumerate(moments, 1):
             process = _train(killed, flags)

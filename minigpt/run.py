@@ -153,7 +153,8 @@ def _speed(trainer: Trainer, steps: int) -> str:
 def header(trainer: Trainer) -> dict[str, str]:
     """What this run is, for the terminal."""
     config, model, corpus = trainer.config, trainer.model.config, trainer.corpus
-    cores = f"{trainer.threads} threads" + (f" on each of {trainer.ranks.size} ranks" if trainer.ranks.size > 1 else "")
+    works = f"{trainer.threads} threads" if config.device == "cpu" else f"{facts.gpu()}, {config.precision}"
+    works += f" on each of {trainer.ranks.size} ranks" if trainer.ranks.size > 1 else ""
     return {
         "run": f"{config.preset} → {trainer.out_dir}" + (f", resumed at step {trainer.step}" if trainer.step else ""),
         "text": f"{corpus.source}, {len(corpus.text):,} characters, SHA-256 {corpus.sha256[:12]}…",
@@ -161,7 +162,7 @@ def header(trainer: Trainer) -> dict[str, str]:
         f"vocabulary {model.vocab_size}: {model.parameter_count():,} parameters",
         "step": f"{config.micro_batch} × {config.accumulation} sequences = {config.tokens_per_step:,} tokens, "
         f"{model.flops_per_token() * config.tokens_per_step / 1e9:,.0f} GFLOP; {config.max_steps:,} steps",
-        "device": f"{config.device}, {cores}, {facts.blas()}",
+        "device": f"{config.device}, {works}" + (f", {facts.blas()}" if config.device == "cpu" else ""),
     }
 
 

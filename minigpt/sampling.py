@@ -106,7 +106,9 @@ def generate(
         yield token
 
 
-def speak(checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int, sampling: Sampling) -> Iterator[str]:
+def speak(
+    checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int, sampling: Sampling, device: str = "cpu"
+) -> Iterator[str]:
     """Yield the prompt and its continuations piece by piece, ready to print."""
     if max_tokens < 0 or num_samples < 1:
         raise ValueError(f"max_tokens={max_tokens} must not be negative and num_samples={num_samples} must be at least 1")
@@ -114,7 +116,7 @@ def speak(checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int
         raise ValueError("the prompt is empty; give at least one character")
     tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(prompt)
-    model = checkpoint.build_model()
+    model = checkpoint.build_model(device)
     if len(ids) > (block := checkpoint.config.block_size):
         log.warning("warning: the prompt has %d tokens; the model sees the last %d", len(ids), block)
     for sample in range(num_samples):

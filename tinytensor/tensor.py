@@ -71,7 +71,7 @@ class Tensor(Value):
         elif not wanted:
             self.node = None
         elif self.node is None:
-            if self.data.dtype.kind != "f":
+            if not backend.is_float(self.data.dtype):
                 raise TypeError(f"only floating-point tensors have gradients; this one is {self.dtype}, use dtype='float32'")
             self.node = Leaf()
 
@@ -209,7 +209,7 @@ class Tensor(Value):
     # -- writing in place
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        index = plain_index(index)
+        index = plain_index(index, self)
         if self._tracks(value):
             self._rewrite(lambda before: ops.setitem(before, index, value))
         else:

@@ -78,7 +78,7 @@ def as_dtype(dtype: Any) -> np.dtype:
         resolved = np.dtype(dtype)
     except TypeError:
         resolved = np.dtype(object)
-    if resolved not in DTYPES.values():
+    if resolved not in DTYPES.values() and resolved.name != "bfloat16":
         raise TypeError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     return resolved
 

@@ -159,13 +159,22 @@ class Getitem:
 
     def vjp(g, y, x, index):
         def add(out, base):
+            if base is None:
+                if out is None:
+                    out = np.zeros_like(g, shape=x.shape)
+                else:
+                    out[...] = 0
+                out[index] = g
+                return out
             if out is None:
-                out = np.zeros_like(g, shape=x.shape) if base is None else base.copy()
-            elif base is None:
-                out[...] = 0
+                out = base.copy()
             elif base is not out:
                 out[...] = base
-            out[index] += g
+            part = out[index]
+            if part.ndim:
+                part += g
+            else:  # NumPy gives one element as a number
+                out[index] = part + g
             return out
 
         return Into(add)

@@ -74,7 +74,7 @@ def gemm(a: Array, b: Array, out: Array, *, alpha: float = 1.0, accumulate: bool
     n = b.shape[-1]
     if list(b.shape) != [*stack, k, n] or list(out.shape) != [*stack, m, n] or len(stack) > 1:
         raise ValueError(f"gemm: shapes {a.shape} and {b.shape} do not multiply into {out.shape}")
-    if a.dtype != b.dtype or out.dtype not in (a.dtype, np.float32):
+    if a.dtype != b.dtype or a.dtype.name not in _REAL or out.dtype not in (a.dtype, np.float32):
         raise TypeError(f"gemm: cannot multiply {a.dtype} by {b.dtype} into {out.dtype}")
     (op_a, ld_a), (op_b, ld_b), (op_out, ld_out) = (_layout(x) for x in (a, b, out))
     if op_out:

@@ -52,7 +52,8 @@ def _name(kernel, array):
 def _rows(x):
     """x as a matrix of its last axis, with that of stride 1; a copy only where the layout needs one."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.strides[1] == x.itemsize or x.shape[1] == 1 else cp.ascontiguousarray(x)
+    in_order = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
+    return x if in_order else cp.ascontiguousarray(x)
 
 
 def _stride(matrix):

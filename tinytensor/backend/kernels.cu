@@ -11,6 +11,8 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+constexpr float LOWEST = -3.402823466e38f;  // below any score; NVRTC knows no INFINITY
+
 __device__ inline float number(float x) { return x; }
 __device__ inline float number(bf16 x) { return __bfloat162float(x); }
 __device__ inline void put(float& y, float x) { y = x; }
@@ -140,20 +142,21 @@ __global__ void dropout_add(
     store(y + i, w, n - i);
 }
 
-__device__ inline float tanh_(float u) { return 1.0f - 2.0f / (1.0f + __expf(2.0f * u)); }
+// σ(2u) = (1 + tanh u)/2 of u = c(x + a·x³), which loses no digits where tanh u is near −1
+__device__ inline float gate(float x) { return 1.0f / (1.0f + __expf(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 
-// y = x/2·(1 + tanh u), u = c(x + a·x³)
+// y = x/2·(1 + tanh u) = x·s,  s = σ(2u)
 template <typename T> __global__ void gelu(const T* x, T* y, long long n)
 {
     long long i = thread_index() * 8;
     if (i >= n) return;
     float v[8];
     load(v, x + i, n - i);
-    for (float& e : v) e = 0.5f * e * (1.0f + tanh_(0.7978845608f * (e + 0.044715f * e * e * e)));
+    for (float& e : v) e *= gate(e);
     store(y + i, v, n - i);
 }
 
-// dx = g·((1 + t)/2 + x/2·(1 − t²)·c(1 + 3a·x²)), t = tanh u
+// dx = g·(s + x·s(1 − s)·2c(1 + 3a·x²))
 template <typename T> __global__ void gelu_backward(const T* g, const T* x, T* dx, long long n)
 {
     long long i = thread_index() * 8;
@@ -162,8 +165,8 @@ template <typename T> __global__ void gelu_backward(const T* g, const T* x, T* d
     load(v, x + i, n - i);
     load(d, g + i, n - i);
     for (int j = 0; j < 8; ++j) {
-        float e = v[j], t = tanh_(0.7978845608f * (e + 0.044715f * e * e * e));
-        d[j] *= 0.5f * (1.0f + t) + 0.5f * e * (1.0f - t * t) * 0.7978845608f * (1.0f + 0.134145f * e * e);
+        float e = v[j], s = gate(e);
+        d[j] *= s + e * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * e * e);
     }
     store(dx + i, d, n - i);
 }
@@ -320,7 +323,7 @@ template <typename T> __global__ void causal_softmax(T* a, long long rows, int q
     if (row >= rows) return;
     int lane = threadIdx.x % 32, seen = row % queries + keys - queries + 1;
     a += row * keys;
-    float top = -INFINITY, sum = 0;
+    float top = LOWEST, sum = 0;
     for (int j = lane; j < seen; j += 32) top = fmaxf(top, number(a[j]));
     top = warp_max(top);
     for (int j = lane; j < seen; j += 32) sum += __expf(number(a[j]) - top);
@@ -366,7 +369,7 @@ __global__ void __launch_bounds__(128) cross_entropy(
 {
     __shared__ float tops[4], sums[4];
     const T* row = logits + static_cast<long long>(blockIdx.x) * stride;
-    float top = -INFINITY, sum = 0;
+    float top = LOWEST, sum = 0;
     for (int j = threadIdx.x; j < vocab; j += 128) top = fmaxf(top, number(row[j]));
     top = warp_max(top);
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;

@@ -79,10 +79,11 @@ class Source:
 def _checked(kernel: str, place: int, kind: str, value: Any) -> Any:
     where = f"kernel {kernel}, argument {place} ({kind})"
     if not kind.endswith("*"):
-        if hasattr(value, "shape") or (kind != "float" and not -(2**63) <= value < 2**64):
-            raise TypeError(f"{where}: a number was expected, got {value!r}")
+        whole = "" if kind == "float" else "whole "
+        if not (isinstance(value, int) or (isinstance(value, float) and not whole)):
+            raise TypeError(f"{where}: a {whole}number was expected, got {value!r}")
         try:
-            return _SCALARS[kind](value)
+            return np.array(value, _SCALARS[kind])[()]
         except OverflowError:
             raise OverflowError(f"{where}: {value} does not fit") from None
     if value is None:

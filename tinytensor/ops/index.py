@@ -107,12 +107,14 @@ class Embedding(Op):
 
 def getitem(x: Any, index: Any) -> Tensor:
     """x[index] with NumPy's basic and fancy indexing. Basic indexing gives a view."""
-    return apply(Getitem, as_value(x), index=plain_index(index))
+    x = as_value(x)
+    return apply(Getitem, x, index=plain_index(index, x))
 
 
 def setitem(x: Any, index: Any, value: Any) -> Tensor:
     """A copy of x with x[index] replaced by value (which broadcasts)."""
-    return apply(Setitem, as_value(x), value, index=plain_index(index))
+    x = as_value(x)
+    return apply(Setitem, x, value, index=plain_index(index, x))
 
 
 def written(x: Any) -> Tensor:
@@ -144,19 +146,19 @@ def embedding(weight: Any, ids: Any) -> Tensor:
     return apply(Embedding, weight, ids=beside(weight, ids))
 
 
-def plain_index(index: Any) -> Any:
-    """An index with its tensors and lists turned into arrays."""
+def plain_index(index: Any, x: Any) -> Any:
+    """An index into x with its tensors and lists turned into arrays beside it."""
     if type(index) is slice or type(index) is int:
         return index
     if isinstance(index, tuple):
-        return tuple([plain_index(i) for i in index])
+        return tuple([plain_index(i, x) for i in index])
     if isinstance(index, Value):
         index = index.data
     elif isinstance(index, list):
         index = np.asarray(index, dtype=np.intp if not index else None)
     if isinstance(index, float):
         raise IndexError(f"an index must be integer, slice, None, ... or boolean, got the float {index}")
-    return index
+    return beside(x, index) if isinstance(index, np.ndarray) else index
 
 
 def _ids(op: str, ids: Any) -> Any:
@@ -178,6 +180,7 @@ def _check_places(op: str, ids: Any, shape: tuple[int, ...], axis: int) -> int:
 
 
 def _check_ids(op: str, ids: Any, size: int) -> None:
+    """Refuse ids outside 0 … size − 1, on the CPU: to look at them on a GPU would be to wait for it."""
     if isinstance(ids, np.ndarray) and ids.size and (ids.min() < 0 or ids.max() >= size):
         bad = ids[(ids < 0) | (ids >= size)].flat[0]
         raise IndexError(f"{op}: index {bad} is outside 0 … {size - 1}")

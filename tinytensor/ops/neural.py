@@ -207,7 +207,8 @@ def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, label_smo
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
     V = logits.data.shape[-1]
-    _check_ids("cross_entropy", ids[ids != ignore_index], V)
+    if isinstance(ids, np.ndarray):
+        _check_ids("cross_entropy", ids[ids != ignore_index], V)
     flat = logits.reshape(-1, V) if logits.data.ndim != 2 else logits
     return apply(
         CrossEntropy, flat, targets=beside(logits, ids.reshape(-1)), ignore_index=ignore_index, label_smoothing=label_smoothing

@@ -1,0 +1,375 @@
+"""The module `cupy` of a device that is not there: NumPy's arrays and functions, held to what CuPy allows.
+
+Nothing becomes a NumPy array unasked, and nothing takes one but scalars. Reading a value counts as waiting for the device, and
+is refused where that is. While the current stream is captured nothing runs: results hold garbage until the graph is launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tests.cuda.emulate import Library, cache
+from tests.cuda.standin import device as cuda
+from tinytensor.backend import memory_root
+from tinytensor.backend.launcher import _SCALARS
+
+__version__ = "14.2.0"
+_SCALAR_TYPES = (bool, int, float, complex, np.generic)
+_ABSENT = """asmatrix block bmat einsum_path frompyfunc geomspace histogram_bin_edges insert isnat matvec nanpercentile
+    nanquantile nested_iters polyder polydiv polyint seterr spacing unstack vecdot vecmat"""
+_WAITING = ("argwhere", "compress", "extract", "flatnonzero", "nonzero", "unique")  # for the size of their result
+_CUBLAS = ("dot", "einsum", "inner", "matmul", "tensordot", "vdot")
+_WRITING = ("copyto", "fill_diagonal", "place", "put", "put_along_axis", "putmask")
+_METHODS = """all any argmax argmin argsort astype clip conj copy cumprod cumsum diagonal dot flatten max mean min prod ravel
+    repeat reshape round searchsorted squeeze std sum swapaxes take trace transpose var view"""
+_ATTRIBUTES = "dtype flags itemsize nbytes ndim shape size strides"
+_READING = "item tolist tobytes __bool__ __int__ __float__ __complex__"
+
+
+class ndarray:
+    """An array on the device. `base` owns the memory of a view."""
+
+    __array_priority__ = 100
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, array: np.ndarray, base: ndarray | None = None) -> None:
+        self._array, self.base = array, base
+        if base is None:
+            cuda.current_pool().hold(self, memory_root(array))
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct one explicitly.")
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if ufunc.__name__ in _ABSENT.split() or not all(isinstance(x, (ndarray, np.ndarray, *_SCALAR_TYPES)) for x in inputs):
+            return NotImplemented
+        function = __getattr__(ufunc.__name__)
+        return (function if method == "__call__" else getattr(function, method))(*inputs, **kwargs)
+
+    def __array_function__(self, function: Callable, types: Any, args: tuple, kwargs: dict) -> Any:
+        name = function.__name__
+        if (
+            getattr(np, name, None) is not function
+            or name in _ABSENT.split()
+            or not all(t in (ndarray, np.ndarray) for t in types)
+        ):
+            return NotImplemented
+        return getattr(sys.modules[__name__], name)(*args, **kwargs)
+
+    @property
+    def data(self) -> cuda.MemoryPointer:
+        return cuda.MemoryPointer(self._array)
+
+    def get(self) -> np.ndarray:
+        cuda.synchronise("reading an array")
+        return self._array.copy()
+
+    def set(self, array: np.ndarray) -> None:
+        if not isinstance(array, np.ndarray) or array.dtype != self.dtype or array.shape != self.shape:
+            raise TypeError(f"set wants a NumPy array of dtype {self.dtype} and shape {self.shape}")
+        cuda.copy_from_host("set")
+        self._array[...] = array
+
+    def fill(self, value: Any) -> None:
+        _into(np.ndarray.fill, self, value)
+
+    def __getitem__(self, index: Any) -> ndarray:
+        for part in _checked(index):
+            if isinstance(part, ndarray) and part.dtype == bool:
+                cuda.synchronise("an index that is a mask")
+        return _call(_item, self, index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _checked(index)
+        if not isinstance(value, (ndarray, np.ndarray, *_SCALAR_TYPES)):
+            raise TypeError(f"cannot assign {type(value)} to an array on the device")
+        _into(operator.setitem, self, index, value)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __iter__(self) -> Iterator[ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return repr(self.get())
+
+    def __str__(self) -> str:
+        return str(self.get())
+
+    def __format__(self, form: str) -> str:
+        return format(self.get(), form)
+
+
+def _item(array: np.ndarray, index: Any) -> np.ndarray:
+    parts = index if isinstance(index, tuple) else (index,)
+    return array[parts if any(p is Ellipsis for p in parts) else (*parts, ...)]  # one element, too, is a view and no scalar
+
+
+def _checked(index: Any) -> tuple[Any, ...]:
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        if not (part is None or part is Ellipsis or isinstance(part, (ndarray, slice, int, np.integer))):
+            raise TypeError(f"an index of an array on the device cannot be {type(part)}")
+    return parts
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with function applied to whatever lies in its lists, tuples and dicts."""
+    if type(value) in (list, tuple):
+        return type(value)(_map(function, v) for v in value)
+    return {k: _map(function, v) for k, v in value.items()} if type(value) is dict else function(value)
+
+
+def _memory(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"Unsupported type {type(value)}: an array of shape {value.shape} on the host, where the device works")
+    return value._array if isinstance(value, ndarray) else value
+
+
+def _into(function: Callable[..., Any], target: ndarray, *args: Any, **kwargs: Any) -> ndarray:
+    """Submit function(target, …), which writes into its first argument or into its keyword argument `out`."""
+    arguments, options = _map(_memory, (args, kwargs))
+    leading = () if "out" in kwargs else (target._array,)
+
+    def run() -> None:
+        with np.errstate(all="ignore"):
+            function(*leading, *arguments, **options)
+
+    cuda.submit(run)
+    return target
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A function of NumPy's, on the device. Its results are views of its arguments where NumPy's are, else new arrays."""
+    if not isinstance(function, np.ufunc) and (extra := {"where", "initial"} & set(kwargs)):
+        raise TypeError(f"CuPy's {function.__name__} takes no {extra.pop()}")
+    if isinstance(out := kwargs.get("out"), tuple):
+        kwargs["out"] = out = out[0]
+    if out is not None:
+        return _into(function, out, *args, **kwargs)
+    given: dict[int, ndarray] = {}
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, ndarray):
+            given[id(value._array)] = value
+        return _memory(value)
+
+    arguments = _map(taken, (args, kwargs))
+    owners = {id(memory_root(a._array)): a if a.base is None else a.base for a in given.values()}
+    fresh = []
+
+    def wrapped(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            value = np.asarray(value)
+        if not isinstance(value, np.ndarray):
+            return value
+        if id(value) in given:
+            return given[id(value)]
+        memory = memory_root(value)
+        owner = owners.get(id(memory))
+        if owner is None:
+            fresh.append(value)
+        result = ndarray(value, owner)
+        owners.setdefault(id(memory), result)
+        return result
+
+    def run(arguments: Any = arguments) -> Any:
+        with np.errstate(all="ignore"):
+            return function(*arguments[0], **arguments[1])
+
+    if not cuda.is_capturing():
+        results = _map(wrapped, run())
+        cuda.counts.launches += bool(fresh)
+        return results
+    # What the results are is found on arrays of zeros, which any function takes: the real ones may hold garbage
+    copies = {id(a._array): _zeros_laid_out_like(a._array) for a in given.values()}
+    found = run(_map(lambda v: copies.get(id(v), v), arguments))
+    flat: list[Any] = []
+    _map(flat.append, [found])
+    if {id(memory_root(r)) for r in flat if isinstance(r, np.ndarray)} & {id(memory_root(c)) for c in copies.values()}:
+        return _map(wrapped, run())
+    results = _map(lambda r: wrapped(cuda.poisoned(np.array(r))) if isinstance(r, np.ndarray | np.generic) else r, found)
+    memories = list(fresh)
+
+    def replay() -> None:
+        again: list[Any] = []
+        _map(again.append, [run()])
+        for memory, value in zip(memories, again, strict=True):
+            memory[...] = value
+
+    if memories:
+        cuda.submit(replay)
+    return results
+
+
+def _zeros_laid_out_like(array: np.ndarray) -> np.ndarray:
+    """What NumPy views, or must copy, depends on the strides."""
+    if not array.size:
+        return np.zeros_like(array)
+    reach = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
+    before, after = -sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+    return np.ndarray(array.shape, array.dtype, np.zeros(before + after + array.itemsize, np.uint8), before, array.strides)
+
+
+def _method(function: Callable[..., Any]) -> Any:
+    return lambda self, *args, **kwargs: _call(function, self, *args, **kwargs)
+
+
+def _read(name: str) -> Any:
+    return lambda self, *args: getattr(self.get(), name)(*args)
+
+
+def _operator(name: str, place: str) -> Any:
+    def method(self: ndarray, other: Any) -> Any:
+        if not isinstance(other, (ndarray, np.ndarray, *_SCALAR_TYPES)):
+            return NotImplemented
+        operands = (other, self) if place == "r" else (self, other)
+        return __getattr__(name)(*operands, **({"out": self} if place == "i" else {}))
+
+    return method
+
+
+for _name in _METHODS.split():
+    setattr(ndarray, _name, _method(getattr(np.ndarray, _name)))
+for _name in _ATTRIBUTES.split():
+    setattr(ndarray, _name, property(operator.attrgetter(f"_array.{_name}")))
+for _name in ("T", "mT", "real", "imag"):
+    setattr(ndarray, _name, property(_method(operator.attrgetter(_name))))
+for _name in _READING.split():
+    setattr(ndarray, _name, _read(_name))
+for _name, _function in {
+    "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "floordiv": "floor_divide", "mod": "remainder",
+    "pow": "power", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "left_shift",
+    "rshift": "right_shift",
+}.items():  # fmt: skip
+    for _place in ("", "r") if _name == "matmul" else ("", "r", "i"):
+        setattr(ndarray, f"__{_place}{_name}__", _operator(_function, _place))
+for _name, _function in {
+    "lt": "less", "le": "less_equal", "eq": "equal", "ne": "not_equal", "gt": "greater", "ge": "greater_equal",
+}.items():  # fmt: skip
+    setattr(ndarray, f"__{_name}__", _operator(_function, ""))
+for _name in ("neg", "pos", "abs", "invert"):
+    setattr(ndarray, f"__{_name}__", _method(getattr(operator, f"__{_name}__")))
+
+
+class _Function:
+    """One of NumPy's functions, as CuPy has it."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name, self._function = name, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self._name
+        if name in _WAITING or (name == "where" and len(args) == 1):
+            cuda.synchronise(name)
+        if name in _CUBLAS and cuda.is_capturing():
+            raise NotImplementedError(f"CuPy cannot capture {name}, which calls cuBLAS")
+        return (_into if name in _WRITING else _call)(self._function, *args, **kwargs)
+
+    def at(self, array: ndarray, index: Any, *values: Any) -> None:
+        if array.dtype.name == "bfloat16":
+            raise TypeError(f"CuPy's {self._name}.at takes no bfloat16")
+        _checked(index)
+        _into(self._function.at, array, index, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(_call, getattr(self._function, name))
+
+
+@functools.cache
+def __getattr__(name: str) -> Any:
+    value = getattr(np, name, None)
+    if name in _ABSENT.split() or name.startswith("__") or value is None or isinstance(value, ModuleType):
+        raise AttributeError(f"the stand-in for CuPy has no {name}")
+    return _Function(name, _OTHERWISE.get(name, value)) if callable(value) and not isinstance(value, type) else value
+
+
+def _matmul(a: np.ndarray, b: np.ndarray, **options: Any) -> np.ndarray:
+    y = np.matmul(a, b, **options)
+    return y.astype(a.dtype) if a.dtype == b.dtype else y  # NumPy's product of bfloat16 is float32
+
+
+_OTHERWISE = {
+    "matmul": _matmul,
+    "allclose": lambda *args, **kwargs: np.asarray(np.allclose(*args, **kwargs)),
+    "array_equal": lambda *args, **kwargs: np.asarray(np.array_equal(*args, **kwargs)),
+    "ascontiguousarray": lambda a, dtype=None: np.asarray(a, dtype, order="C"),  # NumPy's has at least one dimension
+}
+
+
+def asarray(a: Any, dtype: Any = None) -> ndarray:
+    return array(a, dtype, copy=None)
+
+
+def array(a: Any, dtype: Any = None, copy: bool | None = True) -> ndarray:
+    if isinstance(a, ndarray):
+        return _call(np.array, a, dtype, copy=copy)
+    cuda.copy_from_host("array")
+    return ndarray(np.array(a, dtype))
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    return ndarray(cuda.poisoned(np.empty(shape, dtype)))
+
+
+def empty_like(a: ndarray, dtype: Any = None, shape: Any = None) -> ndarray:
+    return ndarray(cuda.poisoned(np.empty_like(a._array, dtype, shape=shape)))
+
+
+def asnumpy(a: Any) -> np.ndarray:
+    return a.get() if isinstance(a, ndarray) else np.asarray(a)
+
+
+def get_default_memory_pool() -> cuda.MemoryPool:
+    return cuda.default_pool
+
+
+class _Grid:
+    def __getitem__(self, index: Any) -> Any:
+        return _call(lambda: np.ogrid[index])
+
+
+ogrid = _Grid()
+
+
+class RawModule:
+    """Kernels that run on the CPU, one thread at a time."""
+
+    def __init__(self, code: str, options: tuple[str, ...] = (), name_expressions: list[str] | None = None) -> None:
+        self._code, self._names = code, name_expressions or []
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        if name not in self._names:
+            raise RuntimeError(f"{name} is not among the name expressions")
+        return functools.partial(self._run, name)
+
+    def _run(self, name: str, grid: tuple[int, ...], block: tuple[int], args: tuple[Any, ...], shared_mem: int = 0) -> None:
+        library = _library(self._code)
+        kinds = library.kernels[name]
+        if shared_mem or len(block) != 1 or len(kinds) != len(args):
+            raise TypeError(f"kernel {name}: {len(kinds)} arguments, blocks of 1 dimension, no shared memory; got {len(args)}")
+        for kind, value in zip(kinds, args, strict=True):
+            if not isinstance(value, (ndarray, np.uintp) if kind.endswith("*") else _SCALARS[kind]):
+                raise TypeError(f"kernel {name} reads a {kind} where {type(value)} was given")
+        held = [a._array if isinstance(a, ndarray) else a.item() for a in args]
+
+        def run() -> None:
+            library.launch(name, grid, block[0], *(a.ctypes.data if isinstance(a, np.ndarray) else a for a in held))
+
+        cuda.submit(run)
+
+
+@functools.cache
+def _library(code: str) -> Library:
+    source = cache() / f"{hashlib.sha256(code.encode()).hexdigest()[:20]}.cu"
+    source.write_text(code, encoding="utf-8")
+    return Library(source)

@@ -1,0 +1,199 @@
+"""Every kernel of the table for CUDA, with its launcher, against its formula in float64 on NumPy: at odd sizes, into memory
+that held NaN, and in each precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinytensor as tt
+from tests.tinytensor.registry import KEY, OPS, A, Call
+from tinytensor import backend
+from tinytensor.backend import random
+
+BFLOAT16 = backend.bfloat16()
+BOUNDS = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 2e-2}
+INFO = {info.name: info for info in OPS}
+IDS = np.random.default_rng(0).integers(0, 7, 700)
+CALLS = {  # what a kernel must take on; of the registry's calls it may leave some to the formula
+    "gelu": [Call(A(3)), Call(A(301, 7)), Call(A(5, 8, low=-30, high=30))],
+    "layer_norm": [Call(A(7, 12), A(12)), Call(A(2, 33, 132), A(132), A(132)), Call(A(1, 4), A(4)), Call(A(300, 260), A(260))],
+    "linear": [Call(A(2, 5, 7), A(3, 7)), Call(A(2, 130, 9), A(65, 9), A(65)), Call(A(8), A(16, 8)), Call(A(1, 1), A(1, 1))],
+    "embedding": [Call(A(5, 3), IDS[:1] % 5), Call(A(7, 300), IDS), Call(A(9, 4), IDS[:6].reshape(2, 3))],
+    "getitem": [Call(A(5, 12), (slice(None), slice(4, 8))), Call(A(5, 2, 3), 1)],
+    "dropout": [Call(A(1), 0.4, key=KEY), Call(A(15), 0.2, key=KEY), Call(A(4099), 0.3, key=KEY)],
+    "dropout_add": [
+        Call(A(17), A(17), 0.4, key=KEY),
+        Call(A(3, 1367), A(3, 1367), 0.3, key=KEY),
+        Call(A(2), A(2), 1.0, key=KEY),
+    ],
+    "cross_entropy": [
+        Call(A(9, 7), IDS[:9]),
+        Call(A(2, 150, 131), IDS[:300].reshape(2, 150)),
+        Call(A(9, 8, low=-80, high=80), IDS[:9], ignore_index=3),
+    ],
+    "causal_attention": [
+        Call(A(2, 3, 67, 16), A(2, 3, 67, 16), A(2, 3, 67, 16)),
+        Call(A(1, 2, 3, 32), A(1, 2, 70, 32), A(1, 2, 70, 32), dropout_p=0.3, key=KEY),
+        Call(A(2, 33, 17), A(2, 33, 17), A(2, 33, 5), dropout_p=0.3, key=KEY),
+        Call(A(2, 1, 1, 8), A(2, 1, 9, 8), A(2, 1, 9, 8)),
+    ],
+}
+CASES = [pytest.param(name, call, id=f"{name}-{call}"[:70]) for name, calls in CALLS.items() for call in calls]
+ROUNDED = {"gelu": [0], "dropout_add": [0], "cross_entropy": [0], "causal_attention": [0, 1, 2]}  # inputs that bf16 rounds
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+
+def relative_error(ours: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(ours.astype(np.float64) - exact) / (np.linalg.norm(exact) or 1))
+
+
+def differentiated(name: str, call: Call, values: list[np.ndarray], device: str) -> tuple[Any, list[np.ndarray]]:
+    """The node of the result; the result and its gradients."""
+    leaves = [tt.Tensor(backend.to_device(v, device)) for v in values]
+    for leaf in leaves:
+        leaf.requires_grad = True
+    args, kwargs = call.bind(leaves)
+    y = INFO[name].function(*args, **kwargs)
+    seed = np.random.default_rng(3).standard_normal(y.shape).astype(BFLOAT16)  # the same numbers in every dtype
+    g = tt.Tensor(backend.to_device(seed.astype(y.dtype), device))
+    return y.node, [y.numpy(), *(d.numpy() for d in tt.grad(y, leaves, grad_outputs=g, retain_graph=True))]
+
+
+def check(name: str, call: Call, precision: Any) -> Any:
+    rounded = ROUNDED.get(name, []) if precision == "bf16" else []
+    values = [a.astype(BFLOAT16 if i in rounded else np.float32) for i, a in enumerate(call.arrays(INFO[name].domain))]
+    with tt.precision(precision):
+        node, ours = differentiated(name, call, values, "cuda")
+    _, exact = differentiated(name, call, [v.astype(np.float64) for v in values], "cpu")
+    assert [g.dtype for g in ours[1:]] == [v.dtype for v in values]
+    for what, (a, e) in enumerate(zip(ours, exact, strict=True)):
+        assert a.shape == e.shape
+        assert relative_error(a, e) < BOUNDS[precision], f"{'gradient ' * bool(what)}{what}: {relative_error(a, e)}"
+    return node
+
+
+def test_every_kernel_has_calls() -> None:
+    assert set(CALLS) == set(backend.kernels["cuda"])
+
+
+@pytest.mark.parametrize(("name", "call"), CASES)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_kernel_is_its_formula(name: str, call: Call, precision: str) -> None:
+    node = check(name, call, precision)
+    kernel = backend.kernels["cuda"][name].vjp
+    assert kernel in (node.vjp, getattr(node.vjp, "vjp", None)), "the formula ran instead"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_kernel_leaves_what_it_cannot_do_to_the_formula(name: str) -> None:
+    for call in INFO[name].calls:
+        if not any(part == 0 for a in call.places() for part in a.shape):  # relative errors of nothing
+            check(name, call, "fp32")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_check_notices_one_per_cent(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, call = backend.kernels["cuda"][name], CALLS[name][1]
+    for place in range(len(call.places())):
+        with monkeypatch.context() as patch:
+            patch.setitem(backend.kernels["cuda"], name, dataclasses.replace(kernel, vjp=_scaled(kernel.vjp, place)))
+            with pytest.raises(AssertionError, match="gradient"):
+                check(name, call, "fp32")
+
+
+def _scaled(vjp: Any, place: int) -> Any:
+    def scaled(share: Any) -> Any:
+        if isinstance(share, backend.Into):
+            return share.add(None, None) * 1.01
+        return (share() if callable(share) else share) * 1.01
+
+    def perturbed(*args: Any, **params: Any) -> Any:
+        shares = vjp(*args, **params)
+        shares = shares if isinstance(shares, tuple) else (shares,)
+        return tuple(scaled(s) if i == place else s for i, s in enumerate(shares))
+
+    return perturbed
+
+
+def test_masks_are_numpys_bit_for_bit() -> None:
+    """Also where a key's numbers need all of their 64 bits, and where it reads its place from the device."""
+    x, p = tt.ones(4099, device="cuda"), 0.3
+    keys = [random.Key(1, "dropout"), random.Key(2**64 - 1, "attention", 2**63 + 5, 2**64 - 2, 2**40)]
+    for key in keys:
+        ours = tt.dropout(x, p, key=key).numpy()
+        assert np.array_equal(ours != 0, random.keep_mask(key, (4099,), p))
+        place = backend.to_device(np.array([key.step, key.micro_step], np.uint64), "cuda")
+        there = tt.dropout(x, p, key=key._replace(step=0, micro_step=0, place=place)).numpy()
+        assert np.array_equal(ours, there)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other", "backwards", "repeated", "a slice"])
+@pytest.mark.parametrize("name", ["gelu", "layer_norm", "linear", "dropout", "dropout_add", "cross_entropy"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_any_layout(name: str, layout: str, precision: str) -> None:
+    """A kernel reads contiguous memory; a view of another layout gives what its copy gives."""
+    xp = backend.xp_for("cuda")
+    base = xp.asarray(np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32))
+    view = {
+        "transposed": base.T,
+        "every other": base[::2, ::2],
+        "backwards": base[::-1, ::-1],
+        "repeated": xp.broadcast_to(base[0], (5, 24)),
+        "a slice": base[3:9, 1:13],
+    }[layout]
+    n, width = view.shape
+    others = {
+        "layer_norm": [np.ones(width, "f")],
+        "linear": [np.ones((3, width), "f")],
+        "dropout": [0.5],
+        "dropout_add": [np.ones((n, width), "f"), 0.5],
+        "cross_entropy": [IDS[:n]],
+    }.get(name, [])
+    others = [tt.Tensor(xp.asarray(a)) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for a in others]
+    key = {"key": KEY} if name.startswith("dropout") else {}
+
+    def gradient(x: Any) -> list[np.ndarray]:
+        x = tt.Tensor(x)
+        x.requires_grad = True
+        with tt.precision(precision):
+            y = INFO[name].function(x, *others, **key)
+        y.backward(tt.Tensor(xp.broadcast_to(xp.asarray(np.float32(0.5)).astype(y.dtype), y.shape)))
+        return [y.numpy(), x.grad.numpy()]
+
+    for a, b in zip(gradient(view), gradient(view.copy()), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_second_derivatives_go_through_the_formulas() -> None:
+    def second(device: str) -> np.ndarray:
+        x = tt.tensor(np.linspace(-1, 1, 12).reshape(3, 4), device=device, dtype="float32", requires_grad=True)
+        y = tt.causal_attention(x, x, tt.layer_norm(x, tt.tensor([1.0, 2.0, 3.0, 4.0], device=device)).gelu(), 0.4, key=KEY)
+        (g,) = tt.grad(y.exp().sum(), x, create_graph=True)
+        return tt.grad((g * g).sum(), x)[0].numpy()
+
+    np.testing.assert_allclose(second("cuda"), second("cpu"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adamw_and_the_norm(steps: int) -> None:
+    """One pass over the flat buffer: what NumPy's blocks do, but for the last bits."""
+    arrays = [np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in [(5, 7), (3,), (1200,)]]
+    results, norms = [], []
+    for device in ("cpu", "cuda"):
+        parameters = [tt.nn.Parameter(backend.to_device(a.copy(), device)) for a in arrays]
+        groups = [{"params": parameters[:2], "weight_decay": 0.3}, {"params": parameters[2:], "weight_decay": 0.0}]
+        adamw = tt.optim.AdamW(groups, lr=0.1)
+        for _ in range(steps):
+            sum((p * p * p).sum() for p in parameters).backward()
+            norms.append(tt.optim.clip_grad_norm_(parameters, 1.0))
+            adamw.step()
+            adamw.zero_grad()
+        results.append([p.numpy() for p in parameters])
+    assert norms[:steps] == pytest.approx(norms[steps:], rel=1e-6)
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
