@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -47,15 +48,20 @@ class Replayed:
                 recording.loss = self._run(recording.inputs)
             else:
                 if recording.graph is None:
-                    self._stream.begin_capture()
-                    try:
-                        recording.loss = self._run(recording.inputs)
-                    finally:
-                        graph = self._stream.end_capture()
-                    recording.graph = graph
+                    self._record(recording)
                 recording.graph.launch(self._stream)
         caller.wait_event(self._stream.record())
         return recording.loss.copy()  # the next replay writes into it
+
+    def _record(self, recording: _Recording) -> None:
+        self._stream.begin_capture()
+        try:
+            recording.loss = self._run(recording.inputs)
+        except BaseException:
+            with suppress(Exception):  # the failure may have ended the capture
+                self._stream.end_capture()
+            raise
+        recording.graph = self._stream.end_capture()
 
     def _run(self, inputs: list[Array]) -> Array:
         with random.scope(self._seed, place=self._place):

@@ -10,7 +10,7 @@
 //
 // A grid is (⌈T/64⌉, H, B) blocks, or (⌈S/64⌉, H, B) for flash_backward_keys, of 128 threads. Rows of D elements start at
 // multiples of 16 bytes; the strides of batch, head and position are counted in elements. lse and delta are (B, H, T). Bit
-// e % 16 of keep[e / 16] tells whether dropout keeps element e of (B, H, T, S), where the query sees the key; inverse is 1/p for
+// e % 16 of keep[e / 16] tells whether dropout keeps element e of (B, H, T, S), if the query sees the key; inverse is 1/p for
 // the probability p of keeping. Without dropout keep is null and inverse 1.
 //
 // Each of a block's 4 warps owns 16 rows of the tile (its queries, or its keys), and multiplies 16 × 16 by 16 × 8 at a time.
