@@ -4,7 +4,7 @@ Read in this order: autograd (the engine), ops (the mathematics), tensor (the su
 """
 
 from tinytensor import backend, nn, optim, parallel, testing
-from tinytensor.autograd import Op, apply, enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from tinytensor.autograd import Op, apply
 from tinytensor.backend import cpu as _cpu_kernels  # noqa: F401  (registers them)
 from tinytensor.backend import random
 from tinytensor.backend.precision import precision
@@ -12,6 +12,7 @@ from tinytensor.backend.random import manual_seed
 from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, tensor, zeros, zeros_like
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
 from tinytensor.ops import __all__ as _op_names
+from tinytensor.state import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from tinytensor.tensor import Tensor
 from tinytensor.transforms import checkpoint, grad, jvp, value_and_grad, vjp
 

@@ -16,13 +16,14 @@ import heapq
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ContextDecorator
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from tinytensor import backend, writes
 from tinytensor.backend import Array, Into, kernels
+from tinytensor.state import path, set_grad_enabled, thread
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _SCALARS = (float, int, bool)
@@ -111,7 +112,7 @@ class Leaf:
 class Node:
     """One recorded operation: where its inputs came from and what its derivative needs. Holds no tensor."""
 
-    __slots__ = ("code", "edges", "grad", "hooks", "instruction", "op", "params", "serial", "values", "vjp")
+    __slots__ = ("call", "code", "edges", "grad", "hooks", "instruction", "op", "params", "serial", "values", "vjp")
 
     def __init__(self, op: type[Op], params: dict[str, Any], edges: list[Any], values: list[Any], vjp: Any) -> None:
         self.op = op
@@ -121,6 +122,7 @@ class Node:
         self.vjp = vjp  # the kernel's vjp when a kernel ran forward, else None
         self.serial = next(writes.serial)
         self.code, self.instruction = writes.line(3)
+        self.call = thread.call
         self.grad: Any = None  # None, or True then the gradient, after retain_grad
         self.hooks: list[Callable[[Any], Any]] | None = None
 
@@ -199,52 +201,15 @@ def unbroadcast(g: Any, shape: tuple[int, ...]) -> Any:
     return g.sum(axis=axes).reshape(shape)
 
 
-class _State(threading.local):
-    recording = True
-
-
-_state = _State()
-
-
-class set_grad_enabled(ContextDecorator):
-    """Record operations, or not, in this thread, within a `with` block or a decorated function."""
-
-    def __init__(self, mode: bool) -> None:
-        self.mode = mode
-        self._outer: list[bool] = []
-
-    def __enter__(self) -> None:
-        self._outer.append(_state.recording)
-        _state.recording = self.mode
-
-    def __exit__(self, *_: object) -> None:
-        _state.recording = self._outer.pop()
-
-    def _recreate_cm(self) -> set_grad_enabled:  # a decorated function may recurse or run in several threads
-        return set_grad_enabled(self.mode)
-
-
-def no_grad() -> set_grad_enabled:
-    """Within this block (or decorated function) nothing is recorded in this thread."""
-    return set_grad_enabled(False)
-
-
-def enable_grad() -> set_grad_enabled:
-    """Within this block (or decorated function) operations are recorded, also inside `no_grad`."""
-    return set_grad_enabled(True)
-
-
-def is_grad_enabled() -> bool:
-    return _state.recording
-
-
 def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
     """Run `op` on tensors, arrays and Python numbers; return a tensor, recorded when an input wants a gradient.
 
     float64 comes out only where an input is float64 or a `dtype` is asked for: Python numbers, NumPy scalars and integer
     arrays yield to float32.
     """
-    recording = _state.recording
+    if thread.observers:
+        return _observed(op, inputs, params)
+    recording = thread.recording
     arrays: list[Any] = []
     edges: list[Node | Leaf | None] = []
     wanted, bit = 0, 1
@@ -296,6 +261,18 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             values[i] = spec
     vjp = None if kernel is None else kernel.vjp if residual is None else _Residual(kernel.vjp, residual)
     return Value.result_type(y, Node(op, params, edges, values, vjp))
+
+
+def _observed(op: type[Op], inputs: tuple[Any, ...], params: dict[str, Any]) -> Any:
+    """`apply`, with whoever looks on around it, the first who came outermost."""
+    observers, thread.observers = thread.observers, ()
+    try:
+        run: Callable[[], Any] = partial(apply, op, *inputs, **params)
+        for observer in reversed(observers):
+            run = partial(observer.forward, op, inputs, run)
+        return run()
+    finally:
+        thread.observers = observers
 
 
 class _Residual:
@@ -362,8 +339,9 @@ def _check_current(x: Value, node: Node | Leaf) -> None:
 def _explained(op: type[Op], arrays: list[Any], error: Exception) -> Exception:
     shapes = ", ".join(f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else repr(a) for a in arrays)
     kind = ValueError if isinstance(error, ZeroDivisionError) else type(error)
+    place = f" in {module}" if (module := path(thread.call)) else ""
     return (kind if kind in (ValueError, TypeError, IndexError) else ValueError)(
-        f"{op.name}({shapes}) at {writes.caller()}: {error}"
+        f"{op.name}({shapes}) at {writes.caller()}{place}: {error}"
     )
 
 
@@ -421,7 +399,10 @@ def sweep(
                 continue
             if node.grad is not None or (wanted is not None and node in wanted):
                 arrived(node, g, False)
-            node.pull(g, create_graph, add, on_the_way)
+            pull: Callable[[], None] = partial(node.pull, g, create_graph, add, on_the_way)
+            for observer in reversed(thread.observers):
+                pull = partial(observer.backward, node, g, pull)
+            pull()
             if free:
                 node.values = node.vjp = None
 

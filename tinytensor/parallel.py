@@ -18,6 +18,7 @@ from tinytensor import autograd, backend
 from tinytensor.autograd import Leaf
 from tinytensor.backend import Array
 from tinytensor.backend.memory import keep_memory
+from tinytensor.state import lent, settings
 from tinytensor.tensor import Tensor, root
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def _neighbours() -> int:
 
 
 def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> list[R]:
-    """[f(x) for x in items], several at a time; each call sees the caller's grad mode. The first exception is raised.
+    """[f(x) for x in items], several at a time; each call sees the caller's `state.settings`. The first exception is raised.
 
     Each call has one BLAS thread, but for one item alone, which leaves BLAS all of them unless `threads` is 1.
 
@@ -66,12 +67,12 @@ def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> 
     results: list[Any] = [None] * len(todo)
     queue = iter(range(len(todo)))
     lock, failed = threading.Lock(), threading.Event()
-    recording = autograd.is_grad_enabled()
+    ours = settings()
 
     def work() -> None:
         _worker.busy = True
         try:
-            with autograd.set_grad_enabled(recording):
+            with lent(ours):
                 while not failed.is_set():
                     with lock:
                         i = next(queue, None)

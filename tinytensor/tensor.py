@@ -12,6 +12,7 @@ from tinytensor.autograd import Leaf, Node, Value
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
+from tinytensor.state import is_grad_enabled
 
 
 def _swapped(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -148,7 +149,7 @@ class Tensor(Value):
         return self if self.dtype == backend.as_dtype(dtype) else ops.cast(self, dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self.requires_grad and autograd.is_grad_enabled():
+        if self.requires_grad and is_grad_enabled():
             raise TypeError("a tensor that requires gradients does not turn into an array by itself; call detach().numpy()")
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
@@ -225,7 +226,7 @@ class Tensor(Value):
         return self
 
     def _tracks(self, other: Any) -> bool:
-        return autograd.is_grad_enabled() and (self.requires_grad or getattr(other, "requires_grad", False))
+        return is_grad_enabled() and (self.requires_grad or getattr(other, "requires_grad", False))
 
     def _overwrite(self, y: Tensor) -> None:
         if y.shape != self.shape or not np.can_cast(y.dtype, self.dtype, "same_kind"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytensor import autograd
+from tinytensor import autograd, state
 from tinytensor.tensor import Tensor
 from tinytensor.transforms import grad
 
@@ -42,7 +42,7 @@ def gradcheck(f: Callable[..., Any], inputs: Sequence[Any], eps: float = 1e-6, a
                 total = total + (part * Tensor(v.reshape(part.shape))).sum()
         return total
 
-    with autograd.enable_grad():
+    with state.enable_grad():
         y = scalar(*leaves)
     if not isinstance(y, Tensor) or not y.requires_grad:
         analytic: tuple[Any, ...] = (None,) * len(checked)
@@ -57,7 +57,7 @@ def gradcheck(f: Callable[..., Any], inputs: Sequence[Any], eps: float = 1e-6, a
                 moved = x.copy()
                 moved[place] += step
                 args = [Tensor(moved) if j == i else t.detach() for j, t in enumerate(leaves)]
-                with autograd.enable_grad():
+                with state.enable_grad():
                     ends.append(float(scalar(*args)))
             numeric[place] = (ends[0] - ends[1]) / (2 * eps)
         ours = np.zeros_like(x) if g is None else g.data

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytensor import autograd, backend
+from tinytensor import autograd, backend, state
 from tinytensor.autograd import Node, Op, Spec, Value
 from tinytensor.backend import random
 from tinytensor.tensor import Tensor, root
@@ -65,7 +65,7 @@ def value_and_grad(f: Callable[..., Tensor], argnums: int | Sequence[int] = 0) -
         leaves = list(args)
         for i in places:
             leaves[i] = _fresh_leaf(args[i])
-        with autograd.enable_grad():
+        with state.enable_grad():
             y = f(*leaves, **kwargs)
         grads = grad(y, [leaves[i] for i in places], allow_unused=True)
         filled = tuple(Tensor(np.zeros_like(leaves[i].data)) if g is None else g for i, g in zip(places, grads, strict=True))
@@ -77,7 +77,7 @@ def value_and_grad(f: Callable[..., Tensor], argnums: int | Sequence[int] = 0) -
 def vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable[[Any], tuple[Tensor, ...]]]:
     """f(*primals) and the function v ↦ vᵀJ, one gradient per primal, J the Jacobian of f there."""
     leaves = [_fresh_leaf(x) for x in primals]
-    with autograd.enable_grad():
+    with state.enable_grad():
         y = f(*leaves)
 
     def pullback(v: Any) -> tuple[Tensor, ...]:
@@ -99,7 +99,7 @@ def jvp(f: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any
     for i, (x, t) in enumerate(zip(leaves, moves, strict=True)):
         if x.shape != t.shape:
             raise ValueError(f"jvp: tangent {i} has shape {t.shape}, its primal {x.shape}")
-    with autograd.enable_grad():
+    with state.enable_grad():
         y = f(*leaves)
         zero = Tensor(np.zeros_like(y.data))
         if not y.requires_grad:
@@ -143,7 +143,7 @@ class _Replay(Node):
             super().pull(g, create_graph, send, wanted)  # raises: freed
             return
         self._check_unwritten([v.data for v in self.values if isinstance(v, Value)])
-        with autograd.enable_grad():
+        with state.enable_grad():
             y = self.f(*self.values[1:])
         if y.node is not None:
             send(y.node, g)
@@ -161,11 +161,11 @@ def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
         with random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20, place=key.place):
             return f(*args)
 
-    with autograd.no_grad():
+    with state.no_grad():
         y = run(*inputs)
     if not isinstance(y, Tensor):
         raise TypeError(f"checkpoint: f must return one tensor, it returned {type(y).__name__}")
-    if not autograd.is_grad_enabled() or not backend.is_float(y.dtype):
+    if not state.is_grad_enabled() or not backend.is_float(y.dtype):
         return y
     edges = [x.node if isinstance(x, Value) else None for x in inputs]
     node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *inputs], None)

@@ -3,22 +3,14 @@ statistics are float32, and so is every sum."""
 
 from __future__ import annotations
 
-import threading
 from contextlib import ContextDecorator
-from typing import Literal, get_args
+from typing import get_args
 
-Precision = Literal["fp32", "tf32", "bf16"]
-
-
-class _State(threading.local):
-    precision: Precision = "fp32"
-
-
-_state = _State()
+from tinytensor.state import Precision, thread
 
 
 def current() -> Precision:
-    return _state.precision
+    return thread.precision
 
 
 class precision(ContextDecorator):
@@ -36,11 +28,11 @@ class precision(ContextDecorator):
         self._outer: list[Precision] = []
 
     def __enter__(self) -> None:
-        self._outer.append(_state.precision)
-        _state.precision = self.name
+        self._outer.append(thread.precision)
+        thread.precision = self.name
 
     def __exit__(self, *_: object) -> None:
-        _state.precision = self._outer.pop()
+        thread.precision = self._outer.pop()
 
     def _recreate_cm(self) -> precision:  # a decorated function may recurse or run in several threads
         return precision(self.name)

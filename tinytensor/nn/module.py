@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
 
 from tinytensor import autograd, backend, writes
+from tinytensor.state import thread
 from tinytensor.tensor import Tensor
 
 
@@ -34,7 +36,12 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} defines no forward()")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+        outer = thread.call
+        thread.call = weakref.ref(self), outer  # which nodes keep, to say whose they are
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            thread.call = outer
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """Direct submodules by name."""

@@ -1,0 +1,101 @@
+"""What each thread is in the midst of: whether it records operations, which module it is in, and who looks on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from typing import Any, Literal, Self
+
+Call = tuple[Any, Any]  # a module's call: a weak reference to the module, and the Call around it, None for the outermost
+
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+class _Thread(threading.local):
+    recording = True
+    precision: Precision = "fp32"
+    call: Call | None = None
+    observers: tuple[Observer, ...] = ()
+
+
+thread = _Thread()
+
+
+class set_grad_enabled(ContextDecorator):
+    """Record operations, or not, in this thread, within a `with` block or a decorated function."""
+
+    def __init__(self, mode: bool) -> None:
+        self.mode = mode
+        self._outer: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(thread.recording)
+        thread.recording = self.mode
+
+    def __exit__(self, *_: object) -> None:
+        thread.recording = self._outer.pop()
+
+    def _recreate_cm(self) -> set_grad_enabled:  # a decorated function may recurse or run in several threads
+        return set_grad_enabled(self.mode)
+
+
+def no_grad() -> set_grad_enabled:
+    """Within this block (or decorated function) nothing is recorded in this thread."""
+    return set_grad_enabled(False)
+
+
+def enable_grad() -> set_grad_enabled:
+    """Within this block (or decorated function) operations are recorded, also inside `no_grad`."""
+    return set_grad_enabled(True)
+
+
+def is_grad_enabled() -> bool:
+    return thread.recording
+
+
+class Observer:
+    """Looks on while the engine works, in the thread that enters it and those that `parallel` lends it."""
+
+    def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+        """Called for an op on its inputs; run() computes, and returns the result, a tensor with its node, to return."""
+        return run()
+
+    def backward(self, node: Any, g: Any, run: Callable[[], None]) -> None:
+        """Called for a node with its whole gradient; run() sends on what it sends to its inputs."""
+        run()
+
+    def __enter__(self) -> Self:
+        thread.observers = (*thread.observers, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        thread.observers = tuple(o for o in thread.observers if o is not self)
+
+
+def settings() -> tuple[Any, ...]:
+    """What another thread needs to work for this one: see `lent`."""
+    return thread.recording, thread.precision, thread.observers
+
+
+@contextmanager
+def lent(theirs: tuple[Any, ...]) -> Iterator[None]:
+    """Within this block this thread has another's `settings`."""
+    before = settings()
+    thread.recording, thread.precision, thread.observers = theirs
+    try:
+        yield
+    finally:
+        thread.recording, thread.precision, thread.observers = before
+
+
+def path(call: Call | None) -> str:
+    """The dotted name of the module that was called, as the outermost module's named_modules() has it: "h.3.mlp"."""
+    names: list[str] = []
+    while call is not None and call[1] is not None:
+        module, outer = call[0](), call[1][0]()
+        inside = outer.named_modules() if outer is not None else ()
+        names.append(next((name for name, m in inside if m is module), type(module).__name__))
+        call = call[1]
+    return ".".join(reversed(names))
