@@ -24,8 +24,9 @@ PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  #
 class Quiet:
     """The tracker of a rank that does not report."""
 
-    def step(self, row: dict[str, Any]) -> None:
-        """After each optimiser step, and after the evaluation where one was due: the numbers of metrics.jsonl."""
+    def step(self, row: dict[str, Any], anomaly: str = "") -> None:
+        """After each optimiser step, and after the evaluation where one was due: the numbers of metrics.jsonl, and for a step
+        that was skipped what was not finite first, where that was looked for."""
 
     def sample(self, step: int, text: str) -> None:
         """Verse written after an evaluation."""
@@ -85,7 +86,7 @@ class Tracker(Quiet):
             table.add_row(Text(name, style="bold"), Text(value))  # a path may hold what Rich takes for markup
         self.console.print(table)
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: dict[str, Any], anomaly: str = "") -> None:
         evaluated = row["val_loss"] is not None
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         try:
@@ -104,6 +105,8 @@ class Tracker(Quiet):
         self._progress.update(self._task, completed=row["step"], numbers=numbers)
         if row["train_loss"] is None or row["grad_norm"] is None:
             self.console.print(f"[yellow]step {row['step']}: loss or gradient is not finite, update skipped[/yellow]")
+            if anomaly:
+                self.console.print(f"  what was not finite first: {anomaly}", markup=False, highlight=False)
         if evaluated:
             loss = "not finite" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
             shown = f"[bold]step {row['step']}[/bold]  validation loss [bold]{loss}[/bold]"

@@ -27,16 +27,19 @@ from minigpt.tracking import Quiet
 from tinytensor import backend, optim, parallel, random
 from tinytensor.backend import Array
 from tinytensor.graph import Replayed
+from tinytensor.inspect import detect_anomaly
 
 _COMPARE_EVERY = 200  # steps between two comparisons of all ranks' weights
 
 
 class Step(NamedTuple):
-    """What one optimiser step was: mean loss, gradient norm before clipping, and whether any rank was asked to stop."""
+    """What one optimiser step was: mean loss, gradient norm before clipping, whether any rank was asked to stop, and which op
+    gave a number that is not finite, found at the first of several such steps in a row."""
 
     loss: float
     norm: float
     stop: bool
+    anomaly: str
 
 
 class Trainer:
@@ -100,7 +103,7 @@ class Trainer:
             evaluated = self.step % config.eval_interval == 0 or self.step == config.max_steps
             if evaluated:
                 self.val_loss = self.evaluate()
-            tracker.step(self.row(made, lr, self.val_loss if evaluated else None))
+            tracker.step(self.row(made, lr, self.val_loss if evaluated else None), made.anomaly)
             if evaluated:
                 tracker.sample(self.step, self.sample())
             if evaluated or made.stop or (config.save_interval and self.step % config.save_interval == 0):
@@ -120,7 +123,7 @@ class Trainer:
             gathered = self.ranks.gather([(losses, self.stop.received is not None)])
             self.ranks.add_up(self.optimizer)
         with clock.phase("optimiser"), np.errstate(invalid="ignore"):  # an infinite gradient times 0
-            loss = sum(part for losses, _ in gathered for part in losses)
+            loss, anomaly = sum(part for losses, _ in gathered for part in losses), ""
             norm = optim.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             if math.isfinite(loss + norm):
                 self.skipped_in_a_row = 0
@@ -128,10 +131,10 @@ class Trainer:
                     group["lr"] = lr
                 self.optimizer.step()
             else:  # the same numbers on every rank, so every rank leaves this update out
-                self._skip(loss, norm, lr)
+                anomaly = self._skip(loss, norm, lr)
         if self.step % _COMPARE_EVERY == 0:
             self._compare_ranks()
-        return Step(loss, norm, any(stopping for _, stopping in gathered))
+        return Step(loss, norm, any(stopping for _, stopping in gathered), anomaly)
 
     def row(self, made: Step, lr: float, val_loss: float | None) -> dict[str, Any]:
         """The line of metrics.jsonl for the step just made."""
@@ -157,7 +160,7 @@ class Trainer:
 
     def shard_loss(self, shard: int) -> tt.Tensor:
         with self.clock.phase("data", self.side_by_side):
-            starts = self.starts(shard)
+            starts = backend.to_device(self.starts(shard), self.config.device)
         with self.clock.phase("forward", self.side_by_side), random.scope(self.config.seed, self.step, shard):
             return self.loss_at(starts)
 
@@ -175,15 +178,31 @@ class Trainer:
         with tt.precision(self.config.precision):
             return self.model(x, y)[1]
 
-    def _skip(self, loss: float, norm: float, lr: float) -> None:
+    def _skip(self, loss: float, norm: float, lr: float) -> str:
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.max_skipped:
+        last = self.skipped_in_a_row >= self.config.max_skipped
+        if not last and self.skipped_in_a_row > 1:
+            return ""
+        found = [place for place in self.ranks.gather([self._anomaly()]) if place]
+        anomaly = found[0] if found else "no op by itself, but the sum of all gradients or of their squares"
+        if last:
             raise FloatingPointError(
                 f"the loss of step {self.step + 1} is {loss} and its gradient norm {norm}, not finite for "
                 f"{self.skipped_in_a_row} steps in a row; go on from the last checkpoint with --resume and a smaller --lr "
-                f"than {lr:g}"
+                f"than {lr:g}. What was not finite first: {anomaly}"
             )
+        return anomaly
+
+    def _anomaly(self) -> str:
+        """Which op of this rank's shards first gives something that is not finite; found by making them once more."""
+        for shard in self.mine:
+            try:
+                with detect_anomaly():
+                    self.shard_loss(shard).backward()
+            except FloatingPointError as error:
+                return str(error)
+        return ""
 
     def _compare_ranks(self) -> None:
         """Stop when the ranks' weights differ, which no sequence of correct steps can make them do."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ import numpy as np
 
 from tinytensor import backend, writes
 from tinytensor.backend import Array, Into, kernels
-from tinytensor.state import path, set_grad_enabled, thread
+from tinytensor.state import Observer, path, set_grad_enabled, thread
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _SCALARS = (float, int, bool)
@@ -95,10 +96,11 @@ class Op:
 class Leaf:
     """The place in the graph of a tensor that the user made: where its gradient arrives and stays."""
 
-    __slots__ = ("busy", "grad", "hooks", "serial", "slot")
+    __slots__ = ("busy", "grad", "hooks", "owner", "serial", "slot")
     op = None
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Value | None = None) -> None:
+        self.owner = None if owner is None else weakref.ref(owner)  # whose place this is, for those who look inside
         self.serial = next(writes.serial)
         self.grad: Value | None = None
         self.slot: Array | None = None  # memory that the gradient must live in, when an optimiser owns it
@@ -131,6 +133,9 @@ class Node:
         """The user's line that made this node."""
         return writes.Origin(self.code, self.instruction)
 
+    def __str__(self) -> str:
+        return f"{self.op.name} at {self.origin}" + (f" in {module}" if (module := path(self.call)) else "")
+
     def __reduce__(self) -> Any:
         raise TypeError(f"a result of {self.op.name} is not copied or pickled together with its graph; use detach()")
 
@@ -139,7 +144,7 @@ class Node:
         values = self.values
         if values is None:
             raise RuntimeError(
-                f"{self.op.name} at {self.origin}: a second backward through this graph, whose saved arrays the first one "
+                f"{self}: a second backward through this graph, whose saved arrays the first one "
                 "freed; pass retain_graph=True to the first"
             )
         if writes.latest > self.serial:
@@ -157,7 +162,7 @@ class Node:
             gradients = (gradients,)
         edges = self.edges
         if len(gradients) != len(edges):
-            raise ValueError(f"vjp of {self.op.name} at {self.origin}: {len(gradients)} gradients for {len(edges)} inputs")
+            raise ValueError(f"vjp of {self}: {len(gradients)} gradients for {len(edges)} inputs")
         place = 0
         for edge in edges:
             share = gradients[place]
@@ -177,7 +182,7 @@ class Node:
                 try:
                     share = unbroadcast(share, value.shape)
                 except ValueError as error:
-                    raise ValueError(f"vjp of {self.op.name} at {self.origin}: {error}") from None
+                    raise ValueError(f"vjp of {self}: {error}") from None
             if share.dtype is not value.dtype and share.dtype != value.dtype:  # identity settles almost all
                 share = share.astype(value.dtype)
             send(edge, share)
@@ -187,7 +192,7 @@ class Node:
         for value in (*values, *params):
             if hasattr(value, "strides") and (write := writes.find(value, self.serial)):
                 raise RuntimeError(
-                    f"{self.op.name} at {self.origin} saved an array of shape {value.shape} for its gradient, and "
+                    f"{self} saved an array of shape {value.shape} for its gradient, and "
                     f"{write.origin} wrote into it in place before backward; write into a copy (x.clone()) instead"
                 )
 
@@ -399,12 +404,29 @@ def sweep(
                 continue
             if node.grad is not None or (wanted is not None and node in wanted):
                 arrived(node, g, False)
-            pull: Callable[[], None] = partial(node.pull, g, create_graph, add, on_the_way)
-            for observer in reversed(thread.observers):
-                pull = partial(observer.backward, node, g, pull)
-            pull()
+            if thread.observers:
+                _observed_pull(node, g, create_graph, add, on_the_way)
+            else:
+                node.pull(g, create_graph, add, on_the_way)
             if free:
                 node.values = node.vjp = None
+
+
+def _observed_pull(node: Node, g: Any, create_graph: bool, add: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:
+    """`pull`, with whoever looks on around it."""
+    observers = thread.observers
+
+    def send(edge: Any, share: Any) -> None:
+        share = share.add(None, None) if type(share) is Into else share
+        for observer in observers:
+            observer.sent(node, edge, share)
+        add(edge, share)
+
+    curious = any(type(observer).sent is not Observer.sent for observer in observers)
+    run: Callable[[], None] = partial(node.pull, g, create_graph, send if curious else add, wanted)
+    for observer in reversed(observers):
+        run = partial(observer.backward, node, g, run)
+    run()
 
 
 def _ways_to(wanted: set[Any], roots: list[Any]) -> set[Any] | None:

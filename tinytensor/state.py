@@ -66,6 +66,9 @@ class Observer:
         """Called for a node with its whole gradient; run() sends on what it sends to its inputs."""
         run()
 
+    def sent(self, node: Any, edge: Any, share: Any) -> None:
+        """Called for each share of a gradient that a node sends to one of its inputs."""
+
     def __enter__(self) -> Self:
         thread.observers = (*thread.observers, self)
         return self

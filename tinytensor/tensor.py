@@ -74,7 +74,7 @@ class Tensor(Value):
         elif self.node is None:
             if not backend.is_float(self.data.dtype):
                 raise TypeError(f"only floating-point tensors have gradients; this one is {self.dtype}, use dtype='float32'")
-            self.node = Leaf()
+            self.node = Leaf(self)
 
     @property
     def is_leaf(self) -> bool:

@@ -16,6 +16,7 @@ from tinytensor.backend import cublas
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """`tinytensor.backend.cuda` on a device that is not there; the library's "cuda" is it, until the test is over."""
     monkeypatch.delitem(sys.modules, "tinytensor.backend.cuda", raising=False)
+    monkeypatch.delattr(backend, "cuda", raising=False)
     monkeypatch.setitem(backend.kernels, "cuda", {})
     library = standin.cublas.Library()
     monkeypatch.setattr(cublas, "load", lambda: library)
@@ -26,3 +27,5 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     finally:
         standin.uninstall()
         cublas._handle.cache_clear()
+        sys.modules.pop("tinytensor.backend.cuda", None)
+        vars(backend).pop("cuda", None)

@@ -67,17 +67,14 @@ class Library:
         types = self.kernels[name]
         if len(arguments) != len(types) or not 0 < block <= 1024:
             raise TypeError(f"kernel {name} takes {len(types)} arguments and 1 to 1024 threads, not {len(arguments)}, {block}")
-        values = [_value(name, i, t, a) for i, (t, a) in enumerate(zip(types, arguments, strict=True))]
+        values = [
+            np.uintp(a) if t.endswith("*") and isinstance(a, int | np.integer) else _checked(name, i, t, a)
+            for i, (t, a) in enumerate(zip(types, arguments, strict=True))
+        ]
         call = str(self._path), list(self.kernels).index(name), (*grid, 1, 1)[:3], block
         message = _apart(call, values) if self._sanitized else _call(call, values)
         if message:
             raise RuntimeError(f"kernel {name}: {message}")
-
-
-def _value(kernel: str, place: int, kind: str, value: Any) -> Any:
-    if kind.endswith("*") and isinstance(value, int | np.integer):
-        return np.uintp(value)
-    return _checked(kernel, place, kind, value)
 
 
 def _build(source: Path, kernels: list[str], flags: tuple[str, ...]) -> Path:

@@ -260,6 +260,8 @@ def test_hang_is_reported_and_the_next_launch_runs(library: Library, name: str, 
         library.launch(name, (1,), 64, x)
     library.launch("rotate", (1,), 64, x := np.arange(64, dtype=np.int32), 1)
     assert np.array_equal(x, np.roll(np.arange(64), -4))
+    library.launch("row_sum<float>", (1,), 96, np.ones(200, np.float32), y := np.zeros(1, np.float32), 200)
+    assert y[0] == 200
 
 
 def test_barrier_waits_for_the_threads_that_are_left(library: Library) -> None:

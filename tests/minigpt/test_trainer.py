@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -386,3 +387,17 @@ def test_the_default_text_is_fetched_by_name(config: TrainConfig, monkeypatch: p
     monkeypatch.setattr(run_module, "load_corpus", fetched)
     run(replace(config, data=None, source="complete"))
     assert asked == [("complete", Path("data"))]
+
+
+def test_a_step_that_is_skipped_names_the_op_that_made_it_so() -> None:
+    """The step is made once more, each number looked at; the weights stay as they were."""
+    made = trainer(max_skipped=3)
+    made.model.h[1].mlp.c_fc.weight.data[...] = 3e38
+    before = made.model.state_dict()
+    sentence = r"linear at .*model.py:\d+ in h.1.mlp.c_fc: the result float32\[1, 8, 64\] has \d+ of 512 not finite"
+    with np.errstate(all="ignore"):
+        first, second = made.train_step(1e-3), made.train_step(1e-3)
+        assert not np.isfinite(first.loss) and re.match(sentence, first.anomaly) and second.anomaly == ""
+        with pytest.raises(FloatingPointError, match=f"3 steps in a row; .* What was not finite first: {sentence}"):
+            made.train_step(1e-3)
+    assert all(np.array_equal(w, before[name]) for name, w in made.model.state_dict().items())

@@ -74,7 +74,7 @@ def _parameters(call: state.Call | None) -> Iterator[tuple[int, str]]:
 
 
 def saved_arrays(node: Node) -> Iterator[tuple[str, Array]]:
-    """(role, array) for each array that a node holds for its backward: "y", an input's name, "kernel", or a parameter's name."""
+    """(role, array) for each array that a node holds for backward: "y", the name of an input or parameter, or "kernel"."""
     code = node.op.vjp.__code__
     names = ["y", *code.co_varnames[2 : code.co_argcount]]
     for i, value in enumerate(node.values or ()):
@@ -103,13 +103,14 @@ def backward_pass(loss: Tensor, seen: Callable[[Node | Leaf, Any, list[tuple[Nod
     total: dict[Any, Any] = {node: g}
     while total:
         node = max(total, key=lambda n: n.serial)
-        g, sent = total.pop(node), []
+        g = total.pop(node)
+        sent: list[tuple[Node | Leaf, Any]] = []
         if isinstance(node, Node):
-            node.pull(g, False, lambda edge, share, sent=sent: sent.append((edge, _value(share))), None)
+            node.pull(g, False, _appending(sent), None)
         seen(node, g, sent)
         for edge, share in sent:
             total[edge] = total[edge] + share if edge in total else share
 
 
-def _value(share: Any) -> Any:
-    return share.add(None, None) if isinstance(share, Into) else share
+def _appending(sent: list[tuple[Node | Leaf, Any]]) -> Callable[[Any, Any], None]:
+    return lambda edge, share: sent.append((edge, share.add(None, None) if isinstance(share, Into) else share))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -31,7 +32,7 @@ _WRITING = ("copyto", "fill_diagonal", "place", "put", "put_along_axis", "putmas
 _METHODS = """all any argmax argmin argsort astype clip conj copy cumprod cumsum diagonal dot flatten max mean min prod ravel
     repeat reshape round searchsorted squeeze std sum swapaxes take trace transpose var view"""
 _ATTRIBUTES = "dtype flags itemsize nbytes ndim shape size strides"
-_READING = "item tolist tobytes __bool__ __int__ __float__ __complex__"
+_READING = "item tolist tobytes __bool__ __int__ __float__"
 
 
 class ndarray:
@@ -165,7 +166,7 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     arguments = _map(taken, (args, kwargs))
     owners = {id(memory_root(a._array)): a if a.base is None else a.base for a in given.values()}
-    fresh = []
+    fresh: list[np.ndarray] = []
 
     def wrapped(value: Any) -> Any:
         if isinstance(value, np.generic):
@@ -182,42 +183,24 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         owners.setdefault(id(memory), result)
         return result
 
-    def run(arguments: Any = arguments) -> Any:
+    def run() -> Any:
         with np.errstate(all="ignore"):
             return function(*arguments[0], **arguments[1])
-
-    if not cuda.is_capturing():
-        results = _map(wrapped, run())
-        cuda.counts.launches += bool(fresh)
-        return results
-    # What the results are is found on arrays of zeros, which any function takes: the real ones may hold garbage
-    copies = {id(a._array): _zeros_laid_out_like(a._array) for a in given.values()}
-    found = run(_map(lambda v: copies.get(id(v), v), arguments))
-    flat: list[Any] = []
-    _map(flat.append, [found])
-    if {id(memory_root(r)) for r in flat if isinstance(r, np.ndarray)} & {id(memory_root(c)) for c in copies.values()}:
-        return _map(wrapped, run())
-    results = _map(lambda r: wrapped(cuda.poisoned(np.array(r))) if isinstance(r, np.ndarray | np.generic) else r, found)
-    memories = list(fresh)
 
     def replay() -> None:
         again: list[Any] = []
         _map(again.append, [run()])
-        for memory, value in zip(memories, again, strict=True):
+        for memory, value in zip(fresh, again, strict=True):
             memory[...] = value
 
-    if memories:
+    results = _map(wrapped, run())
+    if fresh and cuda.is_capturing():
+        for memory in fresh:
+            cuda.poisoned(memory_root(memory))
         cuda.submit(replay)
+    else:
+        cuda.counts.launches += bool(fresh)
     return results
-
-
-def _zeros_laid_out_like(array: np.ndarray) -> np.ndarray:
-    """What NumPy views, or must copy, depends on the strides."""
-    if not array.size:
-        return np.zeros_like(array)
-    reach = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
-    before, after = -sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-    return np.ndarray(array.shape, array.dtype, np.zeros(before + after + array.itemsize, np.uint8), before, array.strides)
 
 
 def _method(function: Callable[..., Any]) -> Any:
@@ -242,8 +225,7 @@ for _name in _METHODS.split():
     setattr(ndarray, _name, _method(getattr(np.ndarray, _name)))
 for _name in _ATTRIBUTES.split():
     setattr(ndarray, _name, property(operator.attrgetter(f"_array.{_name}")))
-for _name in ("T", "mT", "real", "imag"):
-    setattr(ndarray, _name, property(_method(operator.attrgetter(_name))))
+ndarray.T = property(_method(operator.attrgetter("T")))  # type: ignore[attr-defined]
 for _name in _READING.split():
     setattr(ndarray, _name, _read(_name))
 for _name, _function in {
@@ -371,5 +353,7 @@ class RawModule:
 @functools.cache
 def _library(code: str) -> Library:
     source = cache() / f"{hashlib.sha256(code.encode()).hexdigest()[:20]}.cu"
-    source.write_text(code, encoding="utf-8")
+    own = source.with_suffix(f".{os.getpid()}")  # other ranks may read and write it, too
+    own.write_text(code, encoding="utf-8")
+    own.replace(source)
     return Library(source)
