@@ -271,8 +271,15 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
 def _observed(op: type[Op], inputs: tuple[Any, ...], params: dict[str, Any]) -> Any:
     """`apply`, with whoever looks on around it, the first who came outermost."""
     observers, thread.observers = thread.observers, ()
+    line = writes.line(2)
+
+    def run() -> Any:
+        y = apply(op, *inputs, **params)
+        if isinstance(y.node, Node):
+            y.node.code, y.node.instruction = line  # not a line of the observers between
+        return y
+
     try:
-        run: Callable[[], Any] = partial(apply, op, *inputs, **params)
         for observer in reversed(observers):
             run = partial(observer.forward, op, inputs, run)
         return run()

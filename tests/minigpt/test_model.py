@@ -1,6 +1,10 @@
 """The model against its PyTorch copy, and what the copy cannot judge: initial weights, counts, dropout, the cache."""
 
+import dataclasses
+import itertools
 import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +17,10 @@ import tinytensor as tt
 from minigpt.config import GPTConfig
 from minigpt.model import GPT, MLP, Block, CausalSelfAttention, KVCache
 from tests.minigpt import torch_gpt
+from tests.minigpt.divergence import first_divergence
 from tests.minigpt.small import distance
 from tests.minigpt.torch_gpt import ids, scatter_weights, torch_copy
-from tinytensor import nn, random
+from tinytensor import backend, nn, random
 
 SMALL = GPTConfig(vocab_size=11, block_size=7, n_layer=2, n_head=3, n_embd=12)
 
@@ -39,6 +44,7 @@ def test_logits_loss_and_every_gradient_are_those_of_torch(dtype: str, tolerance
     model = make(replace(SMALL, bias=bias), dtype)
     judge = torch_copy(model)
     x, y = batch(length=length)
+    assert first_divergence(make(replace(SMALL, bias=bias), dtype), torch_copy(model), x, y, tolerance) == ""
     logits, loss = model(x, y)
     their_logits, their_loss = judge(ids(x), ids(y))
     assert logits.dtype == loss.dtype == np.dtype(dtype)
@@ -51,6 +57,38 @@ def test_logits_loss_and_every_gradient_are_those_of_torch(dtype: str, tolerance
     assert [name for name, _ in model.named_parameters()] == list(theirs)
     for name, p in model.named_parameters():
         assert distance(p.grad, theirs[name].grad) < tolerance, name
+
+
+def fault_in(op: str, place: int, vjp: bool) -> Callable[..., Any]:
+    """The kernel of an op, wrong by a thousandth in its n-th call."""
+    kernel, calls = backend.kernels["cpu"][op], itertools.count()
+
+    def forward(*args: Any, **params: Any) -> Any:
+        result = kernel.forward(*args, **params)
+        wrong = next(calls) == place and not vjp
+        return (result[0] * 1.001, result[1]) if wrong else result
+
+    def backward(*args: Any, **params: Any) -> Any:
+        wrong = next(calls) == place
+        share = kernel.vjp(*args, **params)
+        return share * 1.001 if wrong else share
+
+    return dataclasses.replace(kernel, **({"vjp": backward} if vjp else {"forward": forward}))
+
+
+@pytest.mark.parametrize(
+    ("vjp", "place", "sentence"),
+    [
+        (False, 0, r"the first activation that departs is that of gelu at .*model.py:\d+ in h.0.mlp: relative error 0.001"),
+        (False, 1, r"the first activation that departs is that of gelu at .*model.py:\d+ in h.1.mlp: relative error 0.001"),
+        (True, 0, r"the first gradient .* is that of the result of linear at .*model.py:\d+ in h.1.mlp.c_fc: .* 0.001"),
+        (True, 1, r"the first gradient .* is that of the result of linear at .*model.py:\d+ in h.0.mlp.c_fc: .* 0.001"),
+    ],
+)
+def test_a_fault_is_found_where_it_is(vjp: bool, place: int, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    monkeypatch.setitem(backend.kernels["cpu"], "gelu", fault_in("gelu", place, vjp))
+    assert re.match(sentence, first_divergence(model, torch_copy(model), *batch(), 1e-9))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 1, 3, 1, 5), (5, 3, 1, 4, 4)])

@@ -251,6 +251,7 @@ def test_the_first_gradient_that_is_not_finite() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_the_module_of_an_anomaly_in_a_model_and_in_threads() -> None:
     model = gpt()
     model.h[1].mlp.c_fc.weight.data[3, 2] = np.inf
