@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +67,7 @@ class Trainer:
                 f"{self.ranks.size} ranks share {parts} shards, so some would have nothing to do; "
                 "start fewer, or raise --shards, --micro-batch or --accumulation"
             )
-        cores = parallel.cpu_threads() if config.device == "cpu" else 1
+        cores = self.cores = parallel.cpu_threads() if config.device == "cpu" else 1
         self.side_by_side = min(cores, len(self.mine))
         self.threads = cores if parts == 1 else self.side_by_side  # a single shard leaves the cores to BLAS
         with random.scope(config.seed):
@@ -75,6 +77,7 @@ class Trainer:
         )
         self.replayed = Replayed(self.loss_at, config.seed, config.cuda_graph) if config.device == "cuda" else None
         self.clock = Clock()
+        self.around_step: Callable[[], AbstractContextManager[None]] = nullcontext  # for whoever wants to look on
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.skipped = self.skipped_in_a_row = 0
         self.val_loss = self.best_val_loss = math.inf
@@ -96,7 +99,8 @@ class Trainer:
             self._compare_ranks()  # they may have read different checkpoints
         while self.step < config.max_steps:
             lr = warmup_cosine(self.step, config.lr, config.min_lr, config.warmup_steps, config.max_steps)
-            made = self.train_step(lr)
+            with self.around_step():
+                made = self.train_step(lr)
             self.step += 1
             self.tokens += config.tokens_per_step
             self.seconds = time.perf_counter() - started
@@ -228,8 +232,7 @@ class Trainer:
         with tt.no_grad(), self.clock.phase("evaluation"):
             batches = list(self.data.validation(rows=max(1, 2048 // self.config.block_size)))
             mine = [batches[i] for i in self.ranks.share(len(batches))]
-            cores = parallel.cpu_threads() if self.replayed is None else 1
-            threads = min(cores, len(mine)) or 1  # one batch: one thread of BLAS, for two may round otherwise
+            threads = min(self.cores, len(mine)) or 1  # one batch: one thread of BLAS, for two may round otherwise
             totals = self.ranks.gather(parallel.map(total, mine, threads))
         self.model.train()
         return sum(totals) / (len(self.data.val) - 1)

@@ -23,9 +23,9 @@ class Replayed:
     """
 
     def __init__(self, loss_of: Callable[..., Tensor], seed: int, capture: bool = True) -> None:
-        import cupy
-
-        self._cupy, self._loss_of, self._seed, self._capture = cupy, loss_of, seed, capture
+        cupy = backend.xp_for("cuda")
+        self._cupy: Any = cupy
+        self._loss_of, self._seed, self._capture = loss_of, seed, capture
         self._stream = cupy.cuda.Stream(non_blocking=True)  # the only kind that can be captured
         self._pool = cupy.cuda.MemoryPool()  # memory that a graph works in is nobody else's
         self._place = cupy.zeros(2, np.uint64)
@@ -37,15 +37,14 @@ class Replayed:
         self._stream.wait_event(caller.record())
         with self._stream, self._cupy.cuda.using_allocator(self._pool.malloc):
             key = tuple((a.shape, a.dtype.str) for a in inputs)
-            recording = self._recorded.get(key)
-            first = recording is None
-            if recording is None:
-                recording = self._recorded[key] = _Recording([self._cupy.asarray(a) for a in inputs])
+            if key not in self._recorded:
+                self._recorded[key] = _Recording([self._cupy.empty(a.shape, a.dtype) for a in inputs])
+            recording = self._recorded[key]
             for memory, values in zip(recording.inputs, inputs, strict=True):
                 memory.set(values)
             backend.cuda.set_place(self._place, step, micro_step)
-            if first or not self._capture:
-                recording.loss = self._run(recording.inputs)
+            if recording.loss is None or not self._capture:
+                recording.loss = self._run(recording.inputs, step, micro_step)
             else:
                 if recording.graph is None:
                     self._record(recording)
@@ -56,18 +55,24 @@ class Replayed:
     def _record(self, recording: _Recording) -> None:
         self._stream.begin_capture()
         try:
-            recording.loss = self._run(recording.inputs)
+            recording.loss = self._run(recording.inputs, 0, 0)
         except BaseException:
             with suppress(Exception):  # the failure may have ended the capture
                 self._stream.end_capture()
             raise
         recording.graph = self._stream.end_capture()
 
-    def _run(self, inputs: list[Array]) -> Array:
-        with random.scope(self._seed, place=self._place):
+    def _run(self, inputs: list[Array], step: int, micro_step: int) -> Array:
+        with random.scope(self._seed, step, micro_step, place=self._place):
             loss = self._loss_of(*inputs)
-        autograd.sweep([root(loss, None, False)], autograd.deposit, slot_of=autograd.filled_slot)
+        autograd.sweep([root(loss, None, False)], _add, slot_of=autograd.filled_slot)
         return loss.data
+
+
+def _add(node: Any, g: Array, owned: bool) -> None:
+    if node.op is None and node.grad is None:
+        raise RuntimeError("Replayed adds to gradients where they lie; call optimizer.zero_grad(set_to_none=False) before it")
+    autograd.deposit(node, g, owned)
 
 
 class _Recording:

@@ -126,13 +126,9 @@ class Optimizer:
         Writing there writes the parameters' .grad. A parameter that has none gets zeros.
         """
         for buffer, _ in self._buffers:
-            present = buffer.gather()
-            if not any(present):
-                buffer.grad[...] = 0
-            for p, slot, there in zip(buffer.parameters, buffer.slots, present, strict=True):
-                if not there and isinstance(p.node, Leaf):
-                    if any(present):
-                        slot[...] = 0
+            for p, slot, present in zip(buffer.parameters, buffer.slots, buffer.gather(), strict=True):
+                if not present and isinstance(p.node, Leaf):
+                    slot[...] = 0
                     p.grad = Tensor(slot)
         return [buffer.grad for buffer, _ in self._buffers]
 
@@ -160,8 +156,10 @@ class Optimizer:
         """Forget all gradients; with set_to_none=False they become zeros, in the optimiser's own memory."""
         for p in self._parameters:
             p.grad = None
-        if not set_to_none:
-            self.flat_gradients()
+        for buffer, _ in () if set_to_none else self._buffers:
+            buffer.grad[...] = 0
+            for p, slot in zip(buffer.parameters, buffer.slots, strict=True):
+                p.grad = Tensor(slot)
 
     def state_dict(self) -> dict[str, Any]:
         """Step counts, moments (copies, by parameter index) and the groups' hyper-parameters."""
@@ -253,7 +251,7 @@ class AdamW(Optimizer):
     def _update(self, p: Array, g: Array, state: list[Array], group: dict[str, Any], step: int) -> None:
         m, v = state
         beta1, beta2 = group["betas"]
-        if not isinstance(p, np.ndarray):
+        if not isinstance(p, np.ndarray) and p.dtype == np.float32:
             backend.cuda.adamw(
                 p, g, m, v, beta1=beta1, beta2=beta2, eps=group["eps"], decay=1 - group["lr"] * group["weight_decay"],
                 rate=group["lr"] / (1 - beta1**step), correction=1 / math.sqrt(1 - beta2**step),
@@ -291,7 +289,7 @@ _BLOCK = 1 << 16  # elements of a block: fewer stay in cache better, more keep t
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients by min(1, max_norm/(norm + 1e-6)) in place, norm = √Σg² over all of them; returns norm.
 
-    Squares are added in the gradients' dtype within blocks of 65,536, in float64 over the blocks. Gradients that fill an
+    Squares are added in the gradients' dtype within blocks, in float64 over the blocks. Gradients that fill an
     optimiser's flat buffer are measured and scaled as one array.
     """
     if not max_norm > 0:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinytensor import autograd, backend, state
 from tinytensor.autograd import Node, Op, Spec, Value
-from tinytensor.backend import random
+from tinytensor.backend import precision, random
 from tinytensor.tensor import Tensor, root
 
 
@@ -155,10 +155,13 @@ def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
     f must return one tensor and give the same result when called again. Gradients reach the inputs and everything f closes
     over. (Chen et al., "Training deep nets with sublinear memory cost", 2016.)
     """
-    key = random.next_key("checkpoint")
+    key, exactness = random.next_key("checkpoint"), precision.current()
 
     def run(*args: Any) -> Tensor:
-        with random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20, place=key.place):
+        with (
+            precision.precision(exactness),
+            random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20, place=key.place),
+        ):
             return f(*args)
 
     with state.no_grad():

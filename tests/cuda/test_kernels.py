@@ -90,13 +90,6 @@ def test_a_kernel_is_its_formula(name: str, call: Call, precision: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_kernel_leaves_what_it_cannot_do_to_the_formula(name: str) -> None:
-    for call in INFO[name].calls:
-        if not any(part == 0 for a in call.places() for part in a.shape):  # relative errors of nothing
-            check(name, call, "fp32")
-
-
-@pytest.mark.parametrize("name", CALLS)
 def test_the_check_notices_one_per_cent(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, call = backend.kernels["cuda"][name], CALLS[name][1]
     for place in range(len(call.places())):
@@ -139,6 +132,8 @@ def test_any_layout(name: str, layout: str, precision: str) -> None:
     """A kernel reads contiguous memory; a view of another layout gives what its copy gives."""
     xp = backend.xp_for("cuda")
     base = xp.asarray(np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32))
+    if precision == "bf16" and name in ROUNDED:
+        base = base.astype(BFLOAT16)
     view = {
         "transposed": base.T,
         "every other": base[::2, ::2],
@@ -169,20 +164,11 @@ def test_any_layout(name: str, layout: str, precision: str) -> None:
         assert np.array_equal(a, b)
 
 
-def test_second_derivatives_go_through_the_formulas() -> None:
-    def second(device: str) -> np.ndarray:
-        x = tt.tensor(np.linspace(-1, 1, 12).reshape(3, 4), device=device, dtype="float32", requires_grad=True)
-        y = tt.causal_attention(x, x, tt.layer_norm(x, tt.tensor([1.0, 2.0, 3.0, 4.0], device=device)).gelu(), 0.4, key=KEY)
-        (g,) = tt.grad(y.exp().sum(), x, create_graph=True)
-        return tt.grad((g * g).sum(), x)[0].numpy()
-
-    np.testing.assert_allclose(second("cuda"), second("cpu"), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("steps", [1, 3])
-def test_adamw_and_the_norm(steps: int) -> None:
-    """One pass over the flat buffer: what NumPy's blocks do, but for the last bits."""
-    arrays = [np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in [(5, 7), (3,), (1200,)]]
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_adamw_and_the_norm(steps: int, dtype: str) -> None:
+    """One pass over the flat buffer, or the formula: what NumPy's blocks do, but for the last bits."""
+    arrays = [np.random.default_rng(0).standard_normal(shape).astype(dtype) for shape in [(5, 7), (3,), (1200,)]]
     results, norms = [], []
     for device in ("cpu", "cuda"):
         parameters = [tt.nn.Parameter(backend.to_device(a.copy(), device)) for a in arrays]

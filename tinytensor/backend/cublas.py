@@ -30,12 +30,13 @@ def load() -> Any:
         load_nvidia_dynamic_lib("cublas")
     except (ImportError, RuntimeError):
         pass  # an older CuPy, which loads it by its name
-    for name in ("libcublas.so.13", "libcublas.so.12"):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise RuntimeError('cuBLAS was not found; pip install -e ".[gpu]" brings it')
+    import cupy
+
+    name = f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise RuntimeError(f'{name} could not be loaded ({error}); pip install -e ".[gpu]" brings it') from None
 
 
 class _Handle:
@@ -52,7 +53,7 @@ class _Handle:
         _check("cublasSetMathMode", self.pointer, ctypes.c_int(_NO_REDUCED_PRECISION_SUMS))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # a captured graph goes on using its workspace
 def _handle(device: int, stream: int) -> _Handle:
     return _Handle(stream)
 
@@ -80,26 +81,26 @@ def gemm(a: Array, b: Array, out: Array, *, alpha: float = 1.0, accumulate: bool
     if op_out:
         raise ValueError(f"gemm: the result needs rows of stride 1, got strides {out.strides} for shape {out.shape}")
     handle = _handle(cupy.cuda.get_device_id(), cupy.cuda.get_current_stream().ptr)
-    factors = ctypes.byref(ctypes.c_float(alpha)), ctypes.byref(ctypes.c_float(accumulate))
-    kinds = [ctypes.c_int(_REAL[x.dtype.name]) for x in (b, a, out)]
+
+    def operand(x: Array, ld: int) -> list[Any]:
+        step = [ctypes.c_longlong(x.strides[0] // x.itemsize)] if stack else []
+        return [ctypes.c_void_p(x.data.ptr), ctypes.c_int(_REAL[x.dtype.name]), ctypes.c_int(ld), *step]
+
     compute = ctypes.c_int(_COMPUTE_TF32 if tf32 and a.dtype == np.float32 else _COMPUTE_32F)
-    pointers: list[Any] = [ctypes.c_void_p(x.data.ptr) for x in (b, a, out)]
-    lds = [ctypes.c_int(ld) for ld in (ld_b, ld_a, ld_out)]
     # cuBLAS stores by columns, which makes ours transposed matrices: outᵀ = bᵀ aᵀ
-    sizes = [ctypes.c_int(x) for x in (op_b, op_a, n, m, k)]
-    if not stack:
-        pairs = [v for triple in zip(pointers, kinds, lds, strict=True) for v in triple]
-        _check(
-            "cublasGemmEx", handle.pointer, *sizes, factors[0], *pairs[:6], factors[1], *pairs[6:], compute,
-            ctypes.c_int(_DEFAULT_ALGORITHM),
-        )  # fmt: skip
-        return out
-    steps: list[Any] = [ctypes.c_longlong(x.strides[0] // x.itemsize) for x in (b, a, out)]
-    pairs = [v for four in zip(pointers, kinds, lds, steps, strict=True) for v in four]
     _check(
-        "cublasGemmStridedBatchedEx", handle.pointer, *sizes, factors[0], *pairs[:8], factors[1], *pairs[8:],
-        ctypes.c_int(stack[0]), compute, ctypes.c_int(_DEFAULT_ALGORITHM),
-    )  # fmt: skip
+        "cublasGemmStridedBatchedEx" if stack else "cublasGemmEx",
+        handle.pointer,
+        *(ctypes.c_int(x) for x in (op_b, op_a, n, m, k)),
+        ctypes.byref(ctypes.c_float(alpha)),
+        *operand(b, ld_b),
+        *operand(a, ld_a),
+        ctypes.byref(ctypes.c_float(accumulate)),
+        *operand(out, ld_out),
+        *(ctypes.c_int(count) for count in stack),
+        compute,
+        ctypes.c_int(_DEFAULT_ALGORITHM),
+    )
     return out
 
 

@@ -1,14 +1,12 @@
 """CuPy kernels: the ops that a transformer spends its time in, as overrides of their formulas, for float32 and bfloat16 arrays.
 
-Matrix products are cuBLAS's, the rest is kernels.cu and flash.cu. Nothing here waits for the device or copies from the host but
-the two numbers of a random key, so that a training step can be captured in a CUDA graph.
+Matrix products are cuBLAS's, the rest is kernels.cu and flash.cu. No op waits for the device or copies from the host, so that a
+training step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import zlib
 from pathlib import Path
 
 import cupy as cp
@@ -79,29 +77,27 @@ def _into(out, base, like):
 def _column_sums(launch, rows, out, accumulate):
     """out (+)= Σ over rows: `launch(partial, grid)` sums stretches of rows, of which there are few if the columns are many."""
     blocks = -(-out.size // 32)
-    chunks = max(1, min(rows // 32, 512 // blocks))
-    partial = cp.empty((chunks, out.size), np.float32)
-    launch(partial, (blocks, chunks))
-    _kernels.launch("sum_rows<float>", (blocks, 1), 256, partial, out, chunks, out.size, out.size, int(accumulate))
+    parts = cp.empty((max(1, min(rows // 32, 512 // blocks)), out.size), np.float32)
+    launch(parts, (blocks, len(parts)))
+    _add_parts(parts, out, accumulate)
 
 
-class _Random:
-    """The arguments by which a kernel draws the numbers of a key."""
+def _add_parts(parts, out, accumulate):
+    """out (+)= Σ parts, in their order."""
+    sizes = len(parts), out.size, out.size, int(accumulate)
+    _kernels.launch("sum_rows<float>", (-(-out.size // 32), 1), 256, parts, out, *sizes)
 
-    @staticmethod
-    @functools.lru_cache(maxsize=256)
-    def place(step, micro_step):
-        return cp.asarray(np.array([step, micro_step], np.uint64))
 
-    @staticmethod
-    def arguments(key, p):
-        """(seed, stream, call, place, threshold, 1/q) for dropping with probability p."""
-        mask, q = (1 << 64) - 1, random.keep_probability(p)
-        if key is None:
-            return 0, 0, 0, None, 0, 1.0
-        place = key.place if key.place is not None else _Random.place(key.step & mask, key.micro_step & mask)
-        address = key.seed & mask, zlib.crc32(key.stream.encode()), key.call & mask, place
-        return *address, random.drop_threshold(p), 1 / q if q else 0.0
+def _draw(key, p):
+    """What a kernel needs to drop with probability p: seed, stream, call, place, threshold and 1/q."""
+    if key is None:
+        return 0, 0, 0, None, 0, 1.0
+    seed, stream, call, micro_step, step = key.words()
+    place = key.place
+    if place is None:
+        set_place(place := cp.empty(2, np.uint64), step, micro_step)
+    q = random.keep_probability(p)
+    return seed, stream, call, place, random.drop_threshold(p), 1 / q if q else 0.0
 
 
 @register_kernel("cuda", "gelu")
@@ -181,8 +177,7 @@ class Linear:
     def forward(x, w, b=None):
         if not _plain(x, w) or w.dtype != np.float32 or (b is not None and b.dtype != np.float32):
             return NotImplemented
-        name = precision.current()
-        dtype = _BFLOAT16 if name == "bf16" else _FLOAT32
+        name, dtype = precision.current(), _activations()
         x2, w = _cast(_rows(x), dtype), _cast(w, dtype)
         y = gemm(x2, w.T, _padded(len(x2), len(w), dtype), tf32=name == "tf32")
         if b is not None:
@@ -233,10 +228,9 @@ class Embedding:
             if chunks == 1:
                 _kernels.launch("embedding_backward", (vocab, 1), 256, g, ids, out, ids.size, width, int(accumulate))
                 return out
-            partial = cp.empty((chunks, *out.shape), np.float32)
-            _kernels.launch("embedding_backward", (vocab, chunks), 256, g, ids, partial, ids.size, width, 0)
-            size = out.size
-            _kernels.launch("sum_rows<float>", (-(-size // 32), 1), 256, partial, out, chunks, size, size, int(accumulate))
+            parts = cp.empty((chunks, *out.shape), np.float32)
+            _kernels.launch("embedding_backward", (vocab, chunks), 256, g, ids, parts, ids.size, width, 0)
+            _add_parts(parts, out, accumulate)
             return out
 
         return Into(add)
@@ -260,7 +254,7 @@ class Dropout:
 
 def _dropped(x, dtype, p, key):
     y = cp.empty(x.shape, dtype)
-    _over(_name("dropout", y), x.size, 16, cp.ascontiguousarray(x), y, x.size, *_Random.arguments(key, p))
+    _over(_name("dropout", y), x.size, 16, cp.ascontiguousarray(x), y, x.size, *_draw(key, p))
     return y
 
 
@@ -273,7 +267,7 @@ class DropoutAdd:
             return NotImplemented
         y = cp.empty(r.shape, np.float32)
         arrays = cp.ascontiguousarray(x), cp.ascontiguousarray(r), y
-        _over(_name("dropout_add", x), x.size, 16, *arrays, x.size, *_Random.arguments(key, p))
+        _over(_name("dropout_add", x), x.size, 16, *arrays, x.size, *_draw(key, p))
         return y, None
 
     def vjp(g, y, x, r, p, key):
@@ -300,7 +294,7 @@ class CrossEntropy:
         logits = _rows(logits)
         rows, vocab = logits.shape
         dlogits = _padded(rows, vocab, logits.dtype)
-        layout = vocab, _stride(logits), dlogits.base.shape[1] if dlogits.base is not None else vocab
+        layout = vocab, _stride(logits), _stride(dlogits)
         arrays = cp.ascontiguousarray(g), mean, Strided(logits), targets, lse, Strided(dlogits)
         _kernels.launch(_name("cross_entropy_backward", logits), (rows,), 128, *arrays, *layout, ignore_index)
         return dlogits
@@ -317,11 +311,11 @@ class CausalAttention:
         if not _plain(q, k, v) or len({q.dtype, k.dtype, v.dtype}) > 1 or q.ndim > 4:
             return NotImplemented
         shape = (*q.shape[:-1], v.shape[-1])
-        q, k, v = _heads(q), _heads(k), _heads(v)
+        q, k, v = cpu._heads(q), cpu._heads(k), cpu._heads(v)
         (B, H, T, d), S = q.shape, k.shape[2]
         keep, inverse = None, 1.0
         if p:
-            *address, threshold, inverse = _Random.arguments(key, p)
+            *address, threshold, inverse = _draw(key, p)
             n = B * H * T * S
             keep = cp.empty(-(-n // 16), np.uint16)
             _over("keep_bits", len(keep), 1, keep, n, T, S, *address, threshold)
@@ -332,13 +326,8 @@ class CausalAttention:
     def vjp(g, y, q, k, v, p, key, residual):
         flash, *kept = residual
         backward = _flash_backward if flash else _dense_backward
-        gradients = backward(*(_heads(a) for a in (g, y, q, k, v)), *kept)
+        gradients = backward(*(cpu._heads(a) for a in (g, y, q, k, v)), *kept)
         return tuple(a.reshape(x.shape) for a, x in zip(gradients, (q, k, v), strict=True))
-
-
-def _heads(x):
-    """(…, T, d) as (B, H, T, d)."""
-    return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
 def _positions_first(like):
@@ -431,5 +420,4 @@ def sum_of_squares(x):
 
 def set_place(place, step, micro_step):
     """Tell the keys that read `place` where they are."""
-    mask = (1 << 64) - 1
-    _kernels.launch("set_place", (1,), 1, place, step & mask, micro_step & mask)
+    _kernels.launch("set_place", (1,), 1, place, step, micro_step)

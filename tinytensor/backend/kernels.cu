@@ -413,18 +413,18 @@ __global__ void mean_loss(const float* losses, const int* targets, float* mean, 
     mean[1] = 1.0f / count;
 }
 
-// dlogits = (p − onehot(target))·g/n, and 0 in the columns that pad a row
+// dlogits = (p − onehot(target))·g/n
 template <typename T>
 __global__ void cross_entropy_backward(
     const float* g, const float* mean, const T* logits, const int* targets, const float* lse, T* dlogits, int vocab, int stride,
-    int padded, int ignore)
+    int dstride, int ignore)
 {
     long long row = blockIdx.x;
     int target = targets[row];
     float scale = target == ignore ? 0.0f : g[0] * mean[1], total = lse[row];
-    for (int j = threadIdx.x; j < padded; j += blockDim.x) {
-        float p = j < vocab ? __expf(number(logits[row * stride + j]) - total) - (j == target) : 0.0f;
-        put(dlogits[row * padded + j], scale ? p * scale : 0.0f);
+    for (int j = threadIdx.x; j < vocab; j += blockDim.x) {
+        float p = __expf(number(logits[row * stride + j]) - total) - (j == target);
+        put(dlogits[row * dstride + j], scale ? p * scale : 0.0f);
     }
 }
 

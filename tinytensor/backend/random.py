@@ -29,12 +29,16 @@ class Key(NamedTuple):
     call: int = 0
     place: Array | None = None  # where a captured CUDA graph reads step and micro_step, in their stead
 
+    def words(self) -> tuple[int, int, int, int, int]:
+        """(seed, stream, call, micro_step, step) in 64 bits each: Philox's key and the upper words of its counter."""
+        numbers = self.seed, zlib.crc32(self.stream.encode()), self.call, self.micro_step, self.step
+        return tuple(n & (1 << 64) - 1 for n in numbers)  # type: ignore[return-value]
+
     def generator(self) -> np.random.Generator:
         """A NumPy generator that starts at this address."""
-        mask = (1 << 64) - 1
-        counter = [0, self.call & mask, self.micro_step & mask, self.step & mask]
-        key = [self.seed & mask, zlib.crc32(self.stream.encode())]
-        return np.random.Generator(np.random.Philox(counter=np.array(counter, np.uint64), key=np.array(key, np.uint64)))
+        seed, stream, *counter = self.words()
+        bits = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=np.array([0, *counter], np.uint64))
+        return np.random.Generator(bits)
 
 
 def uniform(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Array:

@@ -138,7 +138,7 @@ def scatter_add(x: Any, axis: int, indices: Any, values: Any) -> Tensor:
 
 
 def embedding(weight: Any, ids: Any) -> Tensor:
-    """Rows of a (V, C) table by integer ids of any shape; ids outside 0 … V−1 are refused."""
+    """Rows of a (V, C) table by integer ids of any shape; ids outside 0 … V−1 are refused (on a GPU nobody looks)."""
     weight, ids = as_value(weight), _ids("embedding", ids)
     if weight.data.ndim == 0:
         raise ValueError("embedding: the table needs an axis of rows, got a 0-d array")
