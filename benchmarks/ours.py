@@ -14,6 +14,7 @@ from minigpt import GPT, GPTConfig
 from minigpt.config import TrainConfig
 from minigpt.sampling import Sampling, generate
 from tinytensor import optim, parallel, random
+from tinytensor.graph import Replayed
 
 
 def step(model: dict[str, Any], rows: int) -> Callable[[], None]:
@@ -40,6 +41,41 @@ def step(model: dict[str, Any], rows: int) -> Callable[[], None]:
         count += 1
 
     return run
+
+
+class DeviceStep:
+    """A micro-step and the optimiser's step on a GPU, as the trainer takes them: one CUDA graph, or launch by launch."""
+
+    def __init__(self, model: dict[str, Any], rows: int, precision: Any, graph: bool = True) -> None:
+        tt.backend.xp_for("cuda")
+        with random.scope(0):
+            self.gpt = GPT(GPTConfig(**model)).to("cuda")
+        self.optimizer = optim.AdamW(self.gpt.parameter_groups(0.1), lr=1e-4, betas=(0.9, 0.99))
+        x, y = (tt.backend.to_device(a.astype(np.int32), "cuda") for a in batch(model, rows))
+        self.count = 0
+
+        def loss_of() -> tt.Tensor:
+            with tt.precision(precision):
+                return self.gpt(x, y)[1]
+
+        self.replayed = Replayed(loss_of, seed=0, capture=graph)
+
+    def micro_step(self) -> Any:
+        """The gradient of the batch, made anew; the loss, not waited for."""
+        self.optimizer.zero_grad(set_to_none=False)
+        self.count += 1
+        return self.replayed(self.count, 0)
+
+    def update(self) -> None:
+        """Clip and AdamW."""
+        optim.clip_grad_norm_(self.gpt.parameters(), 1.0)
+        self.optimizer.step()
+
+    def pool(self) -> int:
+        """Bytes that CuPy's pools have taken from the device, the graph's own among them."""
+        import cupy
+
+        return cupy.get_default_memory_pool().total_bytes() + self.replayed._pool.total_bytes()
 
 
 def gemm_peak(model: dict[str, Any], rows: int) -> Callable[[], float]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.fused import SHAPES
@@ -41,11 +42,11 @@ class Report:
 
     def add(self, title: str, columns: list[str], rows: list[list[str]], data: Any) -> None:
         self.tables.append({"title": title, "columns": columns, "rows": rows, "data": data})
-        table = Table(title=title, title_justify="left")
+        table = Table(title=escape(title), title_justify="left")
         for column in columns:
             table.add_column(column)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         self.console.print(table)
 
     def write(self, command: str, json_path: Path | None, markdown_path: Path | None) -> None:

@@ -68,20 +68,52 @@ def _torch_gpt(config: dict[str, Any]) -> Any:
     return torch, TorchGPT()
 
 
+class TorchStep:
+    """A micro-step, forward and backward, and the optimiser's step after it: clipping and fused AdamW.
+
+    Attention is what PyTorch chooses for the inputs; "bf16" is autocast, "tf32" and "fp32" say how float32 is multiplied.
+    """
+
+    def __init__(self, model: dict[str, Any], rows: int, precision: str, compiled: bool = False, device: str = "cuda") -> None:
+        self.torch, gpt = _torch_gpt(model)
+        torch = self.torch
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"PyTorch {torch.__version__} finds no GPU")
+        self.gpt, self.precision, self.device = gpt.to(device), precision, device
+        for p in gpt.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.02)  # as GPT-2; PyTorch's own gives logits of hundreds
+        self.optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
+        self.forward = torch.compile(gpt, dynamic=False) if compiled else gpt
+        self.x, self.y = (torch.from_numpy(a.copy()).to(device) for a in batch(model, rows))
+
+    def micro_step(self) -> Any:
+        """The gradient of the batch, made anew; the loss, not waited for."""
+        torch = self.torch
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.forward(self.x, self.y)
+        loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip and AdamW."""
+        self.torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), 1.0)
+        self.optimizer.step()
+
+    def pool(self) -> int:
+        """Bytes that PyTorch's allocator has taken from the device at most since it was last told to forget."""
+        return self.torch.cuda.max_memory_reserved() if self.device == "cuda" else 0
+
+
 def torch_step(model: dict[str, Any], rows: int, compiled: bool = False, bf16: bool = False) -> Callable[[], None]:
-    """One training step: forward, backward, clip, fused AdamW."""
-    torch, gpt = _torch_gpt(model)
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-4, betas=(0.9, 0.99), fused=True)
-    forward = torch.compile(gpt) if compiled else gpt
-    x, y = (torch.from_numpy(a.copy()) for a in batch(model, rows))
+    """One training step on the CPU: forward, backward, clip, fused AdamW."""
+    step = TorchStep(model, rows, "bf16" if bf16 else "fp32", compiled, "cpu")
 
     def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = forward(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
+        step.micro_step()
+        step.update()
 
     return run
 

@@ -12,6 +12,7 @@ import tyro
 
 from minigpt import checkpoint, folder
 from minigpt.config import PRESETS, TrainConfig
+from minigpt.explain import Explanation
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
 
@@ -31,7 +32,8 @@ def train() -> None:
         if config.prove_resume:
             from minigpt.prove import prove_resume
 
-            sys.exit(prove_resume("--device", config.device, "--precision", config.precision))
+            graph = "--cuda-graph" if config.cuda_graph else "--no-cuda-graph"
+            sys.exit(prove_resume("--device", config.device, "--precision", config.precision, graph))
         if config.resume:  # the flags now change that run's settings, not the preset's
             out_dir = folder.to_resume(config)
             saved = checkpoint.load_newest(out_dir)
@@ -64,6 +66,8 @@ class Generate:
     """tokens to write"""
     num_samples: int = 1
     """how many continuations"""
+    explain: Path | None = None
+    """also write a page (HTML) that shows, for each token, the candidates and what every head read"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arrays live"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -76,12 +80,27 @@ def generate() -> None:
         prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
         if args.prompt_file:
             prompt = args.prompt_file.read_text("utf-8")
+        if args.explain:
+            _check_page(args.explain, args.num_samples)
         model = checkpoint.load_run(args.run or checkpoint.newest_run())
-        for text in speak(model, prompt, args.max_tokens, args.num_samples, args.sampling, args.device):
+        page = Explanation(model, prompt, args.sampling, args.device) if args.explain else None
+        drawn = page.drawn if page else None
+        for text in speak(model, prompt, args.max_tokens, args.num_samples, args.sampling, args.device, drawn):
             print(text, end="", flush=True)
+        if args.explain and page:
+            page.write(args.explain)
     except BrokenPipeError:  # the reader has seen enough, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()
+
+
+def _check_page(path: Path, num_samples: int) -> None:
+    if num_samples > 1:
+        raise ValueError(f"--explain shows one continuation, not num_samples={num_samples}; leave out one of them")
+    if not path.parent.is_dir():
+        raise ValueError(f"--explain {path}: there is no folder {path.parent} to write the page into; make it first")
+    if path.is_dir():
+        raise ValueError(f"--explain {path} is a folder; name a file in it, such as {path / 'page.html'}")

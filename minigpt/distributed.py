@@ -1,7 +1,7 @@
 """Several processes train one model.
 
 Each rank holds the whole model and computes its share of a step's shards; their gradients are added up in the binary tree that
-one process would use, so every rank takes the same step, bit for bit, and a run does not depend on how many there were.
+one process would use, so every rank takes the same step, bit for bit, and on CPUs a run does not depend on how many there were.
 Rank 0 alone writes and prints. Ranks come from an MPI launcher: `mpiexec -n 4 python scripts/train.py …`.
 """
 

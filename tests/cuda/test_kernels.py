@@ -4,12 +4,15 @@ that held NaN, and in each precision."""
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tinytensor as tt
+from tests.cuda import standin
+from tests.cuda.emulate import Library, sanitizer
 from tests.tinytensor.registry import KEY, OPS, A, Call
 from tinytensor import backend
 from tinytensor.backend import random
@@ -87,6 +90,18 @@ def test_a_kernel_is_its_formula(name: str, call: Call, precision: str) -> None:
     node = check(name, call, precision)
     kernel = backend.kernels["cuda"][name].vjp
     assert kernel in (node.vjp, getattr(node.vjp, "vjp", None)), "the formula ran instead"
+
+
+@pytest.mark.skipif(sanitizer() is None, reason="g++ has no AddressSanitizer")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_kernel_stays_within_its_memory(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch under AddressSanitizer; sizes are such that the last block, row or tile is not whole."""
+
+    sources = Path(backend.__file__).parent.glob("*.cu")
+    libraries = {source.read_text(encoding="utf-8"): Library(source, sanitize=True) for source in sources}
+    monkeypatch.setattr(standin.array, "_library", libraries.__getitem__)
+    check(name, CALLS[name][0 if name == "causal_attention" else 1], precision)
 
 
 @pytest.mark.parametrize("name", CALLS)

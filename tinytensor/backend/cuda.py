@@ -408,7 +408,8 @@ def _masked(a, keep, inverse):
 
 def adamw(p, g, m, v, *, beta1, beta2, decay, rate, correction, eps):
     """`AdamW`'s update of one stretch of memory, in one pass: p ← p·decay − rate·m/(√v·correction + ε)."""
-    _over("adamw", p.size, 4, p, g, m, v, p.size, beta1, beta2, decay, rate, correction, eps)
+    betas = beta1, 1 - beta1, beta2, 1 - beta2
+    _over("adamw", p.size, 4, p, g, m, v, p.size, *betas, decay, rate, correction, eps)
 
 
 def sum_of_squares(x):

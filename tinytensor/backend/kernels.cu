@@ -447,9 +447,10 @@ __global__ void __launch_bounds__(256) sum_of_squares(const float* x, float* sum
 }
 
 // m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p·decay − rate·m/(√v·correction + ε)
+// rest = 1 − β, which would lose digits if it were computed here
 __global__ void adamw(
-    float* p, const float* g, float* m, float* v, long long n, float beta1, float beta2, float decay, float rate, float correction,
-    float eps)
+    float* p, const float* g, float* m, float* v, long long n, float beta1, float rest1, float beta2, float rest2, float decay,
+    float rate, float correction, float eps)
 {
     long long i = thread_index() * 4;
     if (i >= n) return;
@@ -459,8 +460,8 @@ __global__ void adamw(
     load(c, m + i, n - i);
     load(d, v + i, n - i);
     for (int j = 0; j < 4; ++j) {
-        c[j] = beta1 * c[j] + (1.0f - beta1) * b[j];
-        d[j] = beta2 * d[j] + (1.0f - beta2) * b[j] * b[j];
+        c[j] = beta1 * c[j] + rest1 * b[j];
+        d[j] = beta2 * d[j] + rest2 * b[j] * b[j];
         a[j] = a[j] * decay - rate * c[j] / (sqrtf(d[j]) * correction + eps);
     }
     store(p + i, a, n - i);

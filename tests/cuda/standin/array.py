@@ -20,7 +20,7 @@ import numpy as np
 from tests.cuda.emulate import Library, cache
 from tests.cuda.standin import device as cuda
 from tinytensor.backend import memory_root
-from tinytensor.backend.launcher import _SCALARS
+from tinytensor.backend.launcher import _SCALARS, Strided
 
 __version__ = "14.2.0"
 _SCALAR_TYPES = (bool, int, float, complex, np.generic)
@@ -345,7 +345,7 @@ class RawModule:
         held = [a._array if isinstance(a, ndarray) else a.item() for a in args]
 
         def run() -> None:
-            library.launch(name, grid, block[0], *(a.ctypes.data if isinstance(a, np.ndarray) else a for a in held))
+            library.launch(name, grid, block[0], *(Strided(a) if isinstance(a, np.ndarray) else a for a in held))
 
         cuda.submit(run)
 
