@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from minigpt.model import GPT, KVCache
 from tinytensor import random
 
 log = logging.getLogger(__name__)
+
+Drawn = Callable[[np.ndarray, np.ndarray, int], object]
+"""Is told of each token as it is drawn: the model's logits, the probabilities that it was drawn with, and its id."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def generate(
     sampling: Sampling = Sampling(),
     sample: int = 0,
     use_cache: bool = True,
+    drawn: Drawn | None = None,
 ) -> Iterator[int]:
     """Yield up to max_tokens ids that continue the prompt `ids` (at least one), each chosen from the last block_size tokens.
 
@@ -100,14 +104,23 @@ def generate(
             model.train()
         fed = context.size
         u = random.uniform(random.Key(sampling.seed, "sample", step=sample, micro_step=position), (), np.dtype(np.float64))
-        cumulative = np.cumsum(sampling.probabilities(logits, context))
+        p = sampling.probabilities(logits, context)
+        cumulative = np.cumsum(p)
         token = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+        if drawn is not None:
+            drawn(logits, p, token)
         context = np.append(context, token)
         yield token
 
 
 def speak(
-    checkpoint: Checkpoint, prompt: str, max_tokens: int, num_samples: int, sampling: Sampling, device: str = "cpu"
+    checkpoint: Checkpoint,
+    prompt: str,
+    max_tokens: int,
+    num_samples: int,
+    sampling: Sampling,
+    device: str = "cpu",
+    drawn: Drawn | None = None,
 ) -> Iterator[str]:
     """Yield the prompt and its continuations piece by piece, ready to print."""
     if max_tokens < 0 or num_samples < 1:
@@ -123,7 +136,7 @@ def speak(
         yield prompt
         written: list[int] = []
         shown = ""
-        for token in generate(model, ids, max_tokens, sampling, sample):
+        for token in generate(model, ids, max_tokens, sampling, sample, drawn=drawn):
             written.append(token)
             text = tokenizer.decode(written)
             whole = text.rstrip("\ufffd")  # bytes of a character that is not finished yet wait for the rest

@@ -339,7 +339,7 @@ def test_characters_of_several_bytes_are_never_torn(
     monkeypatch: pytest.MonkeyPatch, spoken: Checkpoint, written: bytes
 ) -> None:
     checkpoint = replace(spoken, tokenizer=ByteTokenizer())
-    monkeypatch.setattr(Checkpoint, "build_model", lambda _: None)
+    monkeypatch.setattr(Checkpoint, "build_model", lambda *_: None)
 
     def dictated(*_: Any, **__: Any) -> Iterator[int]:
         yield from written

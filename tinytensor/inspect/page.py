@@ -30,16 +30,16 @@ STYLE = """:root { color-scheme: light dark;
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 code, .mono { font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: 3px 10px; }
+button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line); border-radius: 6px;
+  padding: 3px 10px; }
 button:hover { border-color: var(--ink); }
 :focus-visible { outline: 2px solid var(--forward); outline-offset: 1px; }"""
 
 
-def write_page(path: str | Path, title: str, name: str, data: Any) -> Path:
-    """Write the page of `name`.html and .js and .css beside this file, with `data` in it (no NaN: JSON has none)."""
-    here = Path(__file__).parent
-    body, script, style = ((here / f"{name}.{kind}").read_text("utf-8") for kind in ("html", "js", "css"))
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+def write_page(path: str | Path, title: str, name: str, data: Any, folder: Path = Path(__file__).parent) -> Path:
+    """Write the page of `name`.html and .js and .css in `folder`, with `data` in it (no NaN: JSON has none)."""
+    body, script, style = ((folder / f"{name}.{kind}").read_text("utf-8") for kind in ("html", "js", "css"))
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = _TEMPLATE.format(title=html.escape(title), style=STYLE + "\n" + style, body=body, data=text, script=script)
     path = Path(path)
     path.write_text(page, encoding="utf-8")
