@@ -131,6 +131,8 @@ class TrainConfig:
     tokens, and at least two; more keep more cores busy. On a GPU one"""
     rank_timeout: int = 600
     """seconds without a step after which a job of several processes ends, because one of them hangs"""
+    profile: int | None = None
+    """steps to profile, after the first two: a table, a timeline and a roofline of every op are put into the run's folder"""
     wandb: bool = True
     """mirror the run to Weights & Biases, where that is installed and logged in"""
     resume: bool = False
@@ -153,11 +155,17 @@ class TrainConfig:
             _require(low <= value < high, f"{name}={value} must be at least {low} and below {high}")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive; use inf for no clipping")
         _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} must not be above lr={self.lr}")
-        _check_whole(self, **{name: 1 for name in ("threads", "shards", "save_interval") if getattr(self, name) is not None})
+        _check_whole(
+            self, **{name: 1 for name in ("threads", "shards", "save_interval", "profile") if getattr(self, name) is not None}
+        )
         self.model(vocab_size=1)
         _require(
             self.precision == "fp32" or self.device == "cuda",
             f"precision={self.precision!r} needs device='cuda'; the CPU computes in fp32",
+        )
+        _require(
+            self.profile is None or self.device == "cpu",
+            f"profile={self.profile} needs device='cpu'; on a GPU only launches could be timed from here",
         )
         _require(
             self.tokens_per_step < 10**10,

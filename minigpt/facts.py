@@ -6,14 +6,12 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import tinytensor as tt
+from tinytensor.inspect.cost import gemm_peak as gemm_peak
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -72,17 +70,6 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")
-
-
-def gemm_peak() -> float:
-    """FLOP/s of the fastest of a few float32 matrix products, with the threads that BLAS has now: a fifth of a second."""
-    a, b = np.ones((2048, 1024), np.float32), np.ones((1024, 1024), np.float32)
-    out, best = np.empty((2048, 1024), np.float32), np.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        np.matmul(a, b, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 2 * a.size * b.shape[1] / best
 
 
 def peak_memory() -> int:

@@ -17,6 +17,7 @@ from minigpt.config import TrainConfig
 
 RUNS = Path("runs")
 RECORD, LOCK, METRICS, CURVE, SAMPLES = "run.json", "run.lock", "metrics.jsonl", "curve.png", "samples"
+PROFILE, TIMELINE, ROOFLINE = "profile.txt", "profile.json", "roofline.png"
 
 
 def fresh(config: TrainConfig) -> Path:

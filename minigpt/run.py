@@ -22,6 +22,7 @@ from minigpt.distributed import ranks
 from minigpt.tracking import Quiet, Tracker, duration
 from minigpt.trainer import Trainer
 from tinytensor import parallel
+from tinytensor.inspect import profile
 
 DATA = Path("data")
 
@@ -42,7 +43,8 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
         if config.resume:
             saved = saved or checkpoint.load_newest(out_dir)
             _check_resumable(out_dir, saved, config, corpus)
-        config = replace(config, out_dir=out_dir, resume=False, shards=config.resolved_shards())
+        profiled = config.profile
+        config = replace(config, out_dir=out_dir, resume=False, shards=config.resolved_shards(), profile=None)
         trainer = Trainer(config, corpus, out_dir, saved, job)
         with trainer.stop:
             if job.rank:
@@ -53,20 +55,20 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
                         raise ValueError(f"{out_dir} was written to by another run while this one was starting; start it again")
                     if saved:
                         checkpoint.set_aside(out_dir, saved)
-                    finished = _report(trainer)
+                    finished = _report(trainer, profiled or 0)
     if not finished:
         raise Stopped(out_dir)
     return out_dir
 
 
-def _report(trainer: Trainer) -> bool:
+def _report(trainer: Trainer, profiled: int) -> bool:
     """Train, and tell about it: what rank 0 does."""
     config, out_dir = trainer.config, trainer.out_dir
     finished = trainer.step >= config.max_steps
     with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
         tracker.header(header(trainer))
         if not finished:
-            with _recorded(trainer, tracker):
+            with _recorded(trainer, tracker), _profiled(trainer, tracker, profiled):
                 finished = trainer.train(tracker)
     title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {trainer.corpus.source}"
     plot(out_dir / folder.METRICS, out_dir / folder.CURVE, title)
@@ -124,6 +126,42 @@ def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
             folder.write_record(out_dir, record)
         if tracker.mirror:
             tracker.mirror.close(0 if record["status"] == "complete" else 1, record["summary"])
+
+
+@contextmanager
+def _profiled(trainer: Trainer, tracker: Tracker, steps: int) -> Iterator[None]:
+    """Profile `steps` of the steps within this block, after two in which caches and memory settle, and tell what was seen."""
+    p, made = profile(), 0
+
+    @contextmanager
+    def around_step() -> Iterator[None]:
+        nonlocal made
+        made += 1
+        with p if 2 < made <= steps + 2 else nullcontext():
+            yield
+        if made == steps + 2:
+            _tell(p, steps, trainer.out_dir, tracker)
+
+    if steps:
+        trainer.around_step = around_step
+    yield
+    if steps and made < steps + 2:
+        _tell(p, made - 2, trainer.out_dir, tracker)
+
+
+def _tell(p: profile, steps: int, out_dir: Path, tracker: Tracker) -> None:
+    if steps < 1:
+        tracker.say("nothing was profiled: the run ended within the two steps that are left out")
+        return
+    try:
+        folder.write(out_dir / folder.PROFILE, str(p))
+        p.trace(out_dir / folder.TIMELINE)
+        p.roofline(out_dir / folder.ROOFLINE)
+    except OSError as error:
+        tracker.say(f"the profile could not be written ({error})")
+        return
+    files = f"{folder.PROFILE}, {folder.TIMELINE} (for ui.perfetto.dev) and {folder.ROOFLINE}"
+    tracker.say(f"profiled {steps} step{'s' * (steps != 1)}: {p.summary()}\n{files} are in {out_dir}")
 
 
 def _summary(trainer: Trainer, steps: int) -> dict[str, Any]:

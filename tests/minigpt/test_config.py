@@ -38,6 +38,7 @@ def test_sizes_of_a_model_are_whole_and_positive(name: str, value: Any) -> None:
         ("warmup_steps", 0),
         ("threads", 1),
         ("shards", 1),
+        ("profile", 1),
         ("n_layer", 1),
         ("block_size", 1),
     ],
@@ -129,6 +130,7 @@ COMMON = {
     "save_interval": None,
     "max_skipped": 10,
     "rank_timeout": 600,
+    "profile": None,
     "wandb": True,
 }
 LARGE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2, "micro_batch": 64}
@@ -196,3 +198,8 @@ def test_a_precision_below_fp32_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match="precision='bf16' needs device='cuda'; the CPU computes in fp32"):
         TrainConfig(precision="bf16")
     assert TrainConfig(precision="bf16", device="cuda").resolved_shards() == 1
+
+
+def test_a_profile_needs_the_cpu() -> None:
+    with pytest.raises(ValueError, match="profile=3 needs device='cpu'; on a GPU only launches could be timed from here"):
+        TrainConfig(profile=3, device="cuda")

@@ -57,6 +57,13 @@ def test_modules_and_parameters_have_their_names() -> None:
     assert [e.module for e in entries if e.op == "gelu"] == ["h.0.mlp", "h.1.mlp"]
 
 
+def test_a_graph_whose_model_is_no_more() -> None:
+    loss = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))(leaf(4, 3)).sum()
+    gc.collect()
+    assert [e.op for e in collect(loss)].count("linear") == 2
+    assert ledger(loss).total > 0
+
+
 def test_a_graph_does_not_keep_its_model_alive() -> None:
     model = nn.Linear(3, 2)
     model.last = model(leaf(4, 3))  # a module that holds its own result is no cycle: nodes refer to modules weakly

@@ -49,15 +49,15 @@ def collect(loss: Tensor) -> list[Entry]:
             stack.extend(edge for edge in getattr(node, "edges", ()) if edge is not None)
     entries = sorted(found.values(), key=lambda entry: entry.node.serial)
     names: dict[int, str] = {}  # of parameters, by their leaf
-    paths: dict[Any, str] = {}
+    paths: dict[int, str] = {}  # by a call's identity: that of a module which is no more cannot be hashed
     for entry in entries:
         if isinstance(entry.node, Node):
             entry.inputs = [None if edge is None else found[id(edge)] for edge in entry.node.edges]
             call = entry.node.call
-            if call not in paths:
-                paths[call] = state.path(call)
+            if id(call) not in paths:
+                paths[id(call)] = state.path(call)
                 names.update(_parameters(call))
-            entry.module = paths[call]
+            entry.module = paths[id(call)]
     for entry in entries:
         if isinstance(entry.node, Leaf):
             entry.module = names.get(id(entry.node), "")
