@@ -140,22 +140,35 @@ def test_masks_are_numpys_bit_for_bit() -> None:
         assert np.array_equal(ours, there)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every other", "backwards", "repeated", "a slice"])
+LAYOUTS = {
+    "transposed": lambda base: base.T,
+    "every other": lambda base: base[::2, ::2],
+    "backwards": lambda base: base[::-1, ::-1],
+    "repeated": lambda base: np.broadcast_to(base[0], (5, 24)),
+    "a slice": lambda base: base[3:9, 1:13],
+}
+
+
+def on_device(*shape: int) -> Any:
+    return backend.to_device(np.random.default_rng(0).standard_normal(shape).astype(np.float32), "cuda")
+
+
+def leaf(array: Any) -> tt.Tensor:
+    tensor = tt.Tensor(array)
+    tensor.requires_grad = True
+    return tensor
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["gelu", "layer_norm", "linear", "dropout", "dropout_add", "cross_entropy"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_layout(name: str, layout: str, precision: str) -> None:
     """A kernel reads contiguous memory; a view of another layout gives what its copy gives."""
     xp = backend.xp_for("cuda")
-    base = xp.asarray(np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32))
+    base = on_device(24, 24)
     if precision == "bf16" and name in ROUNDED:
         base = base.astype(BFLOAT16)
-    view = {
-        "transposed": base.T,
-        "every other": base[::2, ::2],
-        "backwards": base[::-1, ::-1],
-        "repeated": xp.broadcast_to(base[0], (5, 24)),
-        "a slice": base[3:9, 1:13],
-    }[layout]
+    view = LAYOUTS[layout](base)
     n, width = view.shape
     others = {
         "layer_norm": [np.ones(width, "f")],
@@ -168,8 +181,7 @@ def test_any_layout(name: str, layout: str, precision: str) -> None:
     key = {"key": KEY} if name.startswith("dropout") else {}
 
     def gradient(x: Any) -> list[np.ndarray]:
-        x = tt.Tensor(x)
-        x.requires_grad = True
+        x = leaf(x)
         with tt.precision(precision):
             y = INFO[name].function(x, *others, **key)
         y.backward(tt.Tensor(xp.broadcast_to(xp.asarray(np.float32(0.5)).astype(y.dtype), y.shape)))
@@ -177,6 +189,58 @@ def test_any_layout(name: str, layout: str, precision: str) -> None:
 
     for a, b in zip(gradient(view), gradient(view.copy()), strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_weight_of_any_layout(layout: str, precision: str) -> None:
+    def gradients(w: Any) -> list[np.ndarray]:
+        x, w = leaf(on_device(7, w.shape[1])), leaf(w)
+        with tt.precision(precision):
+            tt.cast(tt.linear(x, w), "float32").sum().backward()
+        return [x.grad.numpy(), w.grad.numpy()]
+
+    view = LAYOUTS[layout](on_device(24, 24))
+    for a, b in zip(gradients(view), gradients(view.copy()), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_linear_of_bfloat16_where_products_are_of_float32() -> None:
+    """As after a layer_norm in another precision."""
+    x, w = leaf(on_device(5, 8).astype(BFLOAT16)), leaf(on_device(3, 8))
+    tt.linear(x, w).sum().backward()
+    assert x.grad.dtype == BFLOAT16 and relative_error(x.grad.numpy(), np.tile(w.numpy().sum(axis=0), (5, 1))) < 1e-2
+    assert relative_error(w.grad.numpy(), np.tile(x.numpy().astype(np.float64).sum(axis=0), (3, 1))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "linear"])
+def test_a_gradient_that_began_in_a_slice_of_another_layout_is_added_to(name: str) -> None:
+    def gradient(device: str) -> np.ndarray:
+        x = leaf(backend.to_device(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8), device))
+        scale = tt.Tensor(backend.to_device(np.arange(32, dtype=np.float32).reshape(4, 8), device))
+        h = x * 2
+        if name == "layer_norm":
+            y = tt.layer_norm(h, tt.ones(8, device=device))
+        else:
+            y = tt.linear(tt.ones(3, 8, device=device), h)
+        ((y * y * y).sum() + (h[:, :4].T * scale).sum()).backward()
+        return x.grad.numpy()
+
+    np.testing.assert_allclose(gradient("cuda"), gradient("cpu"), rtol=1e-4, atol=1e-4)
+
+
+def test_more_sequences_than_a_grid_is_high() -> None:
+    q = leaf(on_device(2**16, 1, 1, 16).astype(BFLOAT16))
+    y = tt.causal_attention(q, q, q)
+    assert np.array_equal(y.numpy(), q.numpy())
+
+
+@pytest.mark.parametrize("target", [7, -1])
+def test_a_target_that_is_no_column_is_a_loss_of_nan(target: int) -> None:
+    """On a GPU ids are not looked at beforehand: that would be to wait for it."""
+    targets = backend.to_device(np.array([3, target]), "cuda")
+    assert np.isnan(tt.cross_entropy(tt.Tensor(on_device(2, 7)), targets).item())
+    assert np.isfinite(tt.cross_entropy(tt.Tensor(on_device(2, 7)), targets, ignore_index=target).item())
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -58,12 +58,19 @@ def test_a_launch_runs(source: Source) -> None:
     assert place.tolist() == [42] and y.tolist() == [16, 16, 32, 32]
 
 
+def test_numbers_may_be_numpys(source: Source) -> None:
+    place = on_device([0], np.uint64)
+    source.launch("plain", (1,), 1, place, np.int64(40), np.float32(2))
+    assert place.tolist() == [42]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ((1,), TypeError, "kernel plain takes 3 arguments, got 1"),
         ((on_device, 1, 1.0), TypeError, r"argument 0 \(u64\*\): an array of uint64 was expected, got float32"),
         ((None, 2**31, 1.0), OverflowError, r"argument 1 \(int\): 2147483648 does not fit"),
+        ((None, np.int64(2**31), 1.0), OverflowError, r"argument 1 \(int\): 2147483648 does not fit"),
         ((None, 1.5, 1.0), TypeError, r"argument 1 \(int\): a whole number was expected, got 1.5"),
         ((None, None, 1.0), TypeError, r"argument 1 \(int\): a whole number was expected, got None"),
         ((None, 1, "x"), TypeError, r"argument 2 \(float\): a number was expected, got 'x'"),

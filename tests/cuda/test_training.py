@@ -162,6 +162,52 @@ def test_gradients_that_lie_nowhere_are_refused(capture: bool) -> None:
             replayed(0, 0, np.ones(4, np.float32))
 
 
+def test_a_replay_whose_gradients_moved_since_the_recording_is_refused() -> None:
+    w = tt.nn.Parameter(np.ones(4, np.float32))
+    w.data = tt.backend.to_device(w.data, "cuda")
+    adamw, x = tt.optim.AdamW([w]), np.ones(4, np.float32)
+    adamw.zero_grad(set_to_none=False)
+    replayed = Replayed(lambda x: (w * tt.Tensor(x)).sum(), seed=0)
+    for _ in range(3):
+        replayed(0, 0, x)
+    adamw.zero_grad()
+    with pytest.raises(RuntimeError, match=r"call optimizer.zero_grad\(set_to_none=False\) before it"):
+        replayed(0, 0, x)
+    w.grad = tt.Tensor(tt.backend.to_device(x, "cuda"))
+    with pytest.raises(RuntimeError, match="one lies elsewhere now"):
+        replayed(0, 0, x)
+    assert w.grad.tolist() == [1, 1, 1, 1]
+    adamw.zero_grad(set_to_none=False)
+    replayed(0, 0, x)
+    assert w.grad.tolist() == [1, 1, 1, 1]
+
+
+def test_a_loss_may_make_leaves_of_its_own() -> None:
+    w = tt.nn.Parameter(np.full(4, 3, np.float32))
+    w.data = tt.backend.to_device(w.data, "cuda")
+    tt.optim.AdamW([w]).zero_grad(set_to_none=False)
+
+    def loss_of(x: Any) -> tt.Tensor:
+        leaf = tt.Tensor(x)
+        leaf.requires_grad = True
+        (slope,) = tt.grad((leaf * leaf * w).sum(), leaf, create_graph=True)
+        return slope.sum()
+
+    replayed = Replayed(loss_of, seed=0)
+    for calls in (1, 2, 3):
+        assert replayed(0, 0, np.ones(4, np.float32)).item() == 24
+        assert w.grad is not None and w.grad.tolist() == [2 * calls] * 4
+
+
+def test_the_caller_waits_for_what_a_failed_call_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = []
+    monkeypatch.setattr(standin.device.Stream, "wait_event", lambda self, event: waiting.append(self))
+    replayed = Replayed(lambda x: tt.Tensor(x).no_such_method(), seed=0)
+    with pytest.raises(AttributeError):
+        replayed(0, 0, np.ones(4, np.float32))
+    assert waiting == [replayed._stream, standin.device.Stream.null]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_step_draws_its_own_numbers_without_a_graph_too(dtype: str) -> None:
     w = tt.nn.Parameter(np.ones(64, dtype))

@@ -161,7 +161,7 @@ class Getitem:
         def add(out, base):
             if base is None:
                 if out is None:
-                    out = np.zeros_like(g, shape=x.shape)
+                    out = np.zeros_like(g, order="C", shape=x.shape)
                 else:
                     out[...] = 0
                 out[index] = g

@@ -178,7 +178,7 @@ class Linear:
         if not _plain(x, w) or w.dtype != np.float32 or (b is not None and b.dtype != np.float32):
             return NotImplemented
         name, dtype = precision.current(), _activations()
-        x2, w = _cast(_rows(x), dtype), _cast(w, dtype)
+        x2, w = _cast(_rows(x), dtype), _cast(w if w.flags.f_contiguous else cp.ascontiguousarray(w), dtype)
         y = gemm(x2, w.T, _padded(len(x2), len(w), dtype), tf32=name == "tf32")
         if b is not None:
             _over(_name("add_bias", y), y.size, 1, Strided(y), cp.ascontiguousarray(b), len(y), y.shape[1], _stride(y))
@@ -193,7 +193,8 @@ class Linear:
             return gemm(g2.T, x2, out, accumulate=accumulate, tf32=tf32)
 
         def dx():
-            return gemm(g2, w2, cp.empty(x2.shape, x.dtype), tf32=tf32).reshape(x.shape)
+            dtype = _FLOAT32 if x.dtype == np.float32 else w2.dtype  # not bfloat16 of factors in float32
+            return gemm(g2, w2, cp.empty(x2.shape, dtype), tf32=tf32).reshape(x.shape)
 
         return (dx, Into(dw)) if b is None else (dx, Into(dw), Into(_sum_of_rows(g2, b)))
 
@@ -319,7 +320,7 @@ class CausalAttention:
             n = B * H * T * S
             keep = cp.empty(-(-n // 16), np.uint16)
             _over("keep_bits", len(keep), 1, keep, n, T, S, *address, threshold)
-        flash = q.dtype == _BFLOAT16 and d == v.shape[3] and d in _FLASH_HEADS
+        flash = q.dtype == _BFLOAT16 and d == v.shape[3] and d in _FLASH_HEADS and max(B, H) < 2**16  # a grid's limit
         y, kept = (_flash_forward if flash else _dense_forward)(q, k, v, keep, inverse)
         return y.reshape(shape), (flash, kept, keep, inverse)
 

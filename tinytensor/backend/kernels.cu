@@ -362,7 +362,8 @@ __global__ void causal_softmax_backward(
     }
 }
 
-// A block a row of logits: −ln p[target], and ln Σ e^logit for the derivative; 0 where the target is to be ignored
+// A block a row of logits: −ln p[target], and ln Σ e^logit for the derivative; 0 where the target is to be ignored, NaN where
+// there is no such column
 template <typename T>
 __global__ void __launch_bounds__(128) cross_entropy(
     const T* logits, const int* targets, float* losses, float* lse, int vocab, int stride, int ignore)
@@ -382,8 +383,9 @@ __global__ void __launch_bounds__(128) cross_entropy(
     if (threadIdx.x) return;
     float total = logf(sums[0] + sums[1] + sums[2] + sums[3]) + top;
     int target = targets[blockIdx.x];
+    float logit = target >= 0 && target < vocab ? number(row[target]) : __int_as_float(0x7fffffff);
     lse[blockIdx.x] = total;
-    losses[blockIdx.x] = target == ignore ? 0.0f : total - number(row[target]);
+    losses[blockIdx.x] = target == ignore ? 0.0f : total - logit;
 }
 
 // mean[0] = mean of the losses that count, mean[1] = 1/their number. One block of 1,024 threads

@@ -80,10 +80,10 @@ def _checked(kernel: str, place: int, kind: str, value: Any) -> Any:
     where = f"kernel {kernel}, argument {place} ({kind})"
     if not kind.endswith("*"):
         whole = "" if kind == "float" else "whole "
-        if not (isinstance(value, int) or (isinstance(value, float) and not whole)):
+        if not (isinstance(value, int | np.integer) or (isinstance(value, float | np.floating) and not whole)):
             raise TypeError(f"{where}: a {whole}number was expected, got {value!r}")
         try:
-            return np.array(value, _SCALARS[kind])[()]
+            return np.array(int(value) if whole else value, _SCALARS[kind])[()]  # NumPy holds Python's numbers alone to a range
         except OverflowError:
             raise OverflowError(f"{where}: {value} does not fit") from None
     if value is None:

@@ -44,7 +44,8 @@ def _module(name: str, **contents: Any) -> ModuleType:
 
 
 def _erf(x: np.ndarray) -> np.ndarray:
-    return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), x.dtype if x.dtype.kind == "f" else np.float64)
+    narrow = x.dtype.name in ("float32", "bfloat16")  # float16 becomes float64
+    return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), np.float32 if narrow else np.float64)
 
 
 class _Group:

@@ -32,6 +32,11 @@ _WRITING = ("copyto", "fill_diagonal", "place", "put", "put_along_axis", "putmas
 _METHODS = """all any argmax argmin argsort astype clip conj copy cumprod cumsum diagonal dot flatten max mean min prod ravel
     repeat reshape round searchsorted squeeze std sum swapaxes take trace transpose var view"""
 _ATTRIBUTES = "dtype flags itemsize nbytes ndim shape size strides"
+_COMPARISONS = {
+    "lt": "less", "le": "less_equal", "eq": "equal", "ne": "not_equal", "gt": "greater", "ge": "greater_equal",
+}  # fmt: skip
+_ATOMICS = {"add": "int32 int64 uint32 uint64 float16 float32 float64", "subtract": "int32 uint32"}
+_ATOMICS["maximum"] = _ATOMICS["minimum"] = "int32 int64 uint32 uint64 float32 float64"
 _READING = "item tolist tobytes __bool__ __int__ __float__"
 
 
@@ -52,6 +57,8 @@ class ndarray:
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if ufunc.__name__ in _ABSENT.split() or not all(isinstance(x, (ndarray, np.ndarray, *_SCALAR_TYPES)) for x in inputs):
             return NotImplemented
+        if ufunc.__name__ in _COMPARISONS.values():
+            inputs = tuple(map(_scalar, inputs))
         function = __getattr__(ufunc.__name__)
         return (function if method == "__call__" else getattr(function, method))(*inputs, **kwargs)
 
@@ -74,25 +81,27 @@ class ndarray:
         return self._array.copy()
 
     def set(self, array: np.ndarray) -> None:
-        if not isinstance(array, np.ndarray) or array.dtype != self.dtype or array.shape != self.shape:
-            raise TypeError(f"set wants a NumPy array of dtype {self.dtype} and shape {self.shape}")
+        if not isinstance(array, np.ndarray) or array.dtype != self.dtype:
+            raise TypeError(f"set wants a NumPy array of dtype {self.dtype}")
+        if array.shape != self.shape:
+            raise ValueError(f"set wants an array of shape {self.shape}, not {array.shape}")
+        if not self.flags.forc:
+            raise RuntimeError("set cannot copy to an array that is not contiguous")
         cuda.copy_from_host("set")
         self._array[...] = array
 
     def fill(self, value: Any) -> None:
-        _into(np.ndarray.fill, self, value)
+        _into(np.ndarray.fill, self, _scalar(value))
 
     def __getitem__(self, index: Any) -> ndarray:
-        for part in _checked(index):
-            if isinstance(part, ndarray) and part.dtype == bool:
-                cuda.synchronise("an index that is a mask")
+        _checked(index)
         return _call(_item, self, index)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         _checked(index)
         if not isinstance(value, (ndarray, np.ndarray, *_SCALAR_TYPES)):
             raise TypeError(f"cannot assign {type(value)} to an array on the device")
-        _into(operator.setitem, self, index, value)
+        _into(operator.setitem, self, index, _scalar(value))
 
     def __len__(self) -> int:
         return len(self._array)
@@ -120,6 +129,8 @@ def _checked(index: Any) -> tuple[Any, ...]:
     for part in parts:
         if not (part is None or part is Ellipsis or isinstance(part, (ndarray, slice, int, np.integer))):
             raise TypeError(f"an index of an array on the device cannot be {type(part)}")
+        if isinstance(part, ndarray) and part.dtype == bool:
+            cuda.synchronise("an index that is a mask")
     return parts
 
 
@@ -130,8 +141,13 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return {k: _map(function, v) for k, v in value.items()} if type(value) is dict else function(value)
 
 
+def _scalar(value: Any) -> Any:
+    """An array of the host without dimensions as a scalar: CuPy takes one where it compares or assigns, and nowhere else."""
+    return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
+
+
 def _memory(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.ndim:
+    if isinstance(value, np.ndarray):
         raise TypeError(f"Unsupported type {type(value)}: an array of shape {value.shape} on the host, where the device works")
     return value._array if isinstance(value, ndarray) else value
 
@@ -215,7 +231,7 @@ def _operator(name: str, place: str) -> Any:
     def method(self: ndarray, other: Any) -> Any:
         if not isinstance(other, (ndarray, np.ndarray, *_SCALAR_TYPES)):
             return NotImplemented
-        operands = (other, self) if place == "r" else (self, other)
+        operands = (other, self) if place == "r" else (self, _scalar(other) if name in _COMPARISONS.values() else other)
         return __getattr__(name)(*operands, **({"out": self} if place == "i" else {}))
 
     return method
@@ -235,9 +251,7 @@ for _name, _function in {
 }.items():  # fmt: skip
     for _place in ("", "r") if _name == "matmul" else ("", "r", "i"):
         setattr(ndarray, f"__{_place}{_name}__", _operator(_function, _place))
-for _name, _function in {
-    "lt": "less", "le": "less_equal", "eq": "equal", "ne": "not_equal", "gt": "greater", "ge": "greater_equal",
-}.items():  # fmt: skip
+for _name, _function in _COMPARISONS.items():
     setattr(ndarray, f"__{_name}__", _operator(_function, ""))
 for _name in ("neg", "pos", "abs", "invert"):
     setattr(ndarray, f"__{_name}__", _method(getattr(operator, f"__{_name}__")))
@@ -258,12 +272,16 @@ class _Function:
         return (_into if name in _WRITING else _call)(self._function, *args, **kwargs)
 
     def at(self, array: ndarray, index: Any, *values: Any) -> None:
-        if array.dtype.name == "bfloat16":
-            raise TypeError(f"CuPy's {self._name}.at takes no bfloat16")
+        if self._name not in _ATOMICS:
+            raise NotImplementedError(f"CuPy has no {self._name}.at")
+        if array.dtype.name not in _ATOMICS[self._name].split():
+            raise TypeError(f"CuPy's {self._name}.at takes no {array.dtype}")
         _checked(index)
         _into(self._function.at, array, index, *values)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("reduce", "accumulate") and self._name not in ("add", "multiply"):
+            raise NotImplementedError(f"CuPy has no {self._name}.{name}")
         return functools.partial(_call, getattr(self._function, name))
 
 
@@ -276,15 +294,26 @@ def __getattr__(name: str) -> Any:
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, **options: Any) -> np.ndarray:
+    if max(a.ndim, b.ndim) > 2 and "bfloat16" in (a.dtype.name, b.dtype.name) and a.dtype == b.dtype:
+        raise TypeError("CuPy multiplies no stacks of matrices of bfloat16")
     y = np.matmul(a, b, **options)
     return y.astype(a.dtype) if a.dtype == b.dtype else y  # NumPy's product of bfloat16 is float32
+
+
+def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What CuPy has no loop of bfloat16 for it does in float32."""
+
+    def widen(value: Any) -> Any:
+        return value.astype(np.float32) if getattr(getattr(value, "dtype", None), "name", "") == "bfloat16" else value
+
+    return lambda *args, **kwargs: function(*map(widen, args), **kwargs)
 
 
 _OTHERWISE = {
     "matmul": _matmul,
     "allclose": lambda *args, **kwargs: np.asarray(np.allclose(*args, **kwargs)),
     "array_equal": lambda *args, **kwargs: np.asarray(np.array_equal(*args, **kwargs)),
-    "ascontiguousarray": lambda a, dtype=None: np.asarray(a, dtype, order="C"),  # NumPy's has at least one dimension
+    **{name: _widened(getattr(np, name)) for name in ("clip", "tril", "triu", "where")},
 }
 
 
@@ -326,7 +355,9 @@ ogrid = _Grid()
 class RawModule:
     """Kernels that run on the CPU, one thread at a time."""
 
-    def __init__(self, code: str, options: tuple[str, ...] = (), name_expressions: list[str] | None = None) -> None:
+    def __init__(self, *, code: str, options: tuple[str, ...] = (), name_expressions: list[str] | None = None) -> None:
+        if type(options) is not tuple:
+            raise TypeError(f"options are a tuple, not {type(options)}")
         self._code, self._names = code, name_expressions or []
 
     def get_function(self, name: str) -> Callable[..., None]:
