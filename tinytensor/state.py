@@ -70,6 +70,8 @@ class Observer:
         """Called for each share of a gradient that a node sends to one of its inputs."""
 
     def __enter__(self) -> Self:
+        if self in thread.observers:
+            raise RuntimeError(f"this {type(self).__name__}() looks on already; make another one for the inner block")
         thread.observers = (*thread.observers, self)
         return self
 
@@ -79,26 +81,33 @@ class Observer:
 
 def settings() -> tuple[Any, ...]:
     """What another thread needs to work for this one: see `lent`."""
-    return thread.recording, thread.precision, thread.observers
+    return thread.recording, thread.precision, thread.call, thread.observers
 
 
 @contextmanager
 def lent(theirs: tuple[Any, ...]) -> Iterator[None]:
     """Within this block this thread has another's `settings`."""
     before = settings()
-    thread.recording, thread.precision, thread.observers = theirs
+    thread.recording, thread.precision, thread.call, thread.observers = theirs
     try:
         yield
     finally:
-        thread.recording, thread.precision, thread.observers = before
+        thread.recording, thread.precision, thread.call, thread.observers = before
 
 
 def path(call: Call | None) -> str:
-    """The dotted name of the module that was called, as the outermost module's named_modules() has it: "h.3.mlp"."""
-    names: list[str] = []
-    while call is not None and call[1] is not None:
-        module, outer = call[0](), call[1][0]()
-        inside = outer.named_modules() if outer is not None else ()
-        names.append(next((name for name, m in inside if m is module), type(module).__name__))
+    """The dotted name of the module that was called, as the outermost module's named_modules() has it: "h.3.mlp".
+
+    A module that is not one of these is named by its class, after the last one that is.
+    """
+    chain: list[Any] = []
+    while call is not None:
+        chain.insert(0, call[0]())
         call = call[1]
-    return ".".join(reversed(names))
+    names = {id(module): name for name, module in chain[0].named_modules()} if chain and chain[0] is not None else {}
+    strangers: list[str] = []
+    for module in reversed(chain[1:]):
+        if id(module) in names:
+            return ".".join([name for name in (names[id(module)], *strangers) if name])
+        strangers.insert(0, "a module that is no more" if module is None else type(module).__name__)
+    return ".".join(strangers)

@@ -143,7 +143,8 @@ class _Replay(Node):
             super().pull(g, create_graph, send, wanted)  # raises: freed
             return
         self._check_unwritten([v.data for v in self.values if isinstance(v, Value)])
-        with state.enable_grad():
+        with state.lent((True, *state.settings()[1:])):
+            state.thread.call = self.call  # f belongs to the module that called it
             y = self.f(*self.values[1:])
         if y.node is not None:
             send(y.node, g)

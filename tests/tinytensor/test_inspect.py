@@ -181,6 +181,11 @@ def no_grad_within(x: tt.Tensor) -> tt.Tensor:
     return (h * leaf(3)).sum()
 
 
+def unrecorded(x: tt.Tensor) -> tt.Tensor:
+    with tt.no_grad():
+        return x.sum()
+
+
 REASONS: dict[str, tuple[Callable[[tt.Tensor], tt.Tensor], str]] = {
     "no_grad": (no_grad_within, r"exp at .*test_inspect.py:\d+ ran under no_grad\(\)"),
     "detach": (
@@ -189,7 +194,16 @@ REASONS: dict[str, tuple[Callable[[tt.Tensor], tt.Tensor], str]] = {
     ),
     "integer": (lambda x: (x.astype("int32") * leaf(3)).sum(), r"cast at .*:\d+ gave int32, through which no gradient flows"),
     "data": (lambda x: (tt.Tensor(x.data) + leaf(3)).sum(), r"add at .*:\d+ took what came of x without its gradient"),
-    "not used": (lambda x: leaf(3).sum(), "loss was not computed from x"),
+    "not used": (lambda x: leaf(3).sum(), "loss was not computed from x: no op took x"),
+    "a number": (
+        lambda x: (leaf(3) * x.sum().item()).sum(),
+        r"what came of x left the graph .* after sum at .*:\d+: through item",
+    ),
+    "a metric beside it": (
+        lambda x: (unrecorded(x), (x.detach() * leaf(3)).sum())[1],
+        r"mul at .*:\d+ took what came of x without",
+    ),
+    "inside checkpoint": (lambda x: tt.checkpoint(lambda w: (w * x).sum(), leaf(3)), "x may be reached inside checkpoint at"),
     "nothing": (lambda x: (x * 2).sum(), "nothing: a gradient reaches x as soon as"),
     "one of two ways": (lambda x: (x.detach() * x).sum(), "nothing: a gradient reaches x as soon as"),
 }
@@ -207,7 +221,16 @@ def test_why_with_a_loss() -> None:
     before, x = leaf(3).sum(), leaf(3)
     assert re.match(r"mul at .*:\d+ took x's memory without", why_no_grad(x, (x.detach() * leaf(3)).sum()))
     assert "pass a function that computes loss" in why_no_grad(x, leaf(3).sum() * 1)
-    assert "x was made after loss" in why_no_grad(leaf(2), before)
+    assert "pass a function that computes loss" in why_no_grad(leaf(2), before)
+    base = np.arange(6, dtype=np.float32)
+    halves = [tt.Tensor(base[:3]), tt.Tensor(base[3:])]
+    loss = (halves[1] * leaf(3)).sum()
+    halves[0].requires_grad = halves[1].requires_grad = True
+    assert "took" not in why_no_grad(halves[0], loss), "memory beside x's is not x's"
+    assert re.match(r"x.requires_grad was set after mul at .*:\d+ had taken x", why_no_grad(halves[1], loss))
+    for wrong in (lambda: 1.0, lambda: None):
+        with pytest.raises(TypeError, match=r"why_no_grad: loss is a .*, not a tensor or a function that returns one"):
+            why_no_grad(x, wrong)
     assert "x is int64: only floating-point tensors" in why_no_grad(tt.tensor([1, 2]), leaf(3).sum())
     assert "set x.requires_grad = True" in why_no_grad(tt.ones(2), leaf(3).sum())
     with tt.no_grad():
@@ -220,7 +243,13 @@ def test_why_with_a_loss() -> None:
     whole.backward()
     assert why_no_grad(x, whole) == "x has a gradient"
     x.grad = None
-    assert "whose gradient was cleared" in why_no_grad(x, whole)
+    assert "a backward pass has freed this graph and left x none" in why_no_grad(x, whole)
+    kept = x * 2
+    kept.retain_grad()
+    assert why_no_grad(kept, kept.sum()).startswith("nothing: a gradient reaches x as soon as")
+    checkpointed = tt.checkpoint(lambda w: (w * x).sum(), leaf(3))
+    checkpointed.backward()
+    assert why_no_grad(x, checkpointed) == "x has a gradient"
 
 
 def test_why_within_a_model_names_the_module() -> None:
@@ -273,12 +302,87 @@ def test_the_module_of_an_anomaly_in_a_model_and_in_threads() -> None:
     assert state.thread.observers == ()
 
 
+def test_finite_shares_that_add_up_to_infinity() -> None:
+    y = leaf(1) * 1
+    loss = (y * 3e38 + y * 3e38).sum()
+    sentence = r"backward: the gradient .* of mul at .*, whose finite shares"
+    with pytest.raises(FloatingPointError, match=sentence), np.errstate(over="ignore"), detect_anomaly():
+        loss.backward()
+    y = leaf(1) * 1
+    y.register_hook(lambda g: g * np.nan)
+    loss = (y * 3).sum()
+    with pytest.raises(FloatingPointError, match="or its hook"), detect_anomaly():
+        loss.backward()
+
+
+def test_an_observer_looks_on_once_and_lets_go() -> None:
+    anomalies = detect_anomaly()
+    with anomalies, pytest.raises(RuntimeError, match=r"this detect_anomaly\(\) looks on already"), anomalies:
+        pass
+    with pytest.raises(FloatingPointError), np.errstate(divide="ignore"), anomalies:
+        leaf(2).log().sqrt().sum().backward() or (leaf(2) * 0).log()
+    assert state.thread.observers == () and not anomalies._given
+
+
+def test_modules_within_checkpoint_keep_their_names() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            self.inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))
+
+        def forward(self, x: Any) -> Any:
+            return tt.checkpoint(self.inner, x)
+
+    class Seen(state.Observer):
+        def __init__(self) -> None:
+            self.paths: set[str] = set()
+
+        def backward(self, node: Any, g: Any, run: Callable[[], None]) -> None:
+            self.paths.add(f"{node.op.name} {state.path(node.call)}")
+            run()
+
+    net = nn.Sequential(Checkpointed(), Checkpointed())
+    loss = net(leaf(3, 2)).sum()
+    with Seen() as seen:
+        loss.backward()
+    assert {"linear 0.inner.0", "linear 1.inner.0"} <= seen.paths
+
+
+def test_paths_of_modules_that_call_themselves_or_strangers() -> None:
+    paths: list[str] = []
+
+    class Recursive(nn.Module):
+        def forward(self, depth: int) -> None:
+            paths.append(state.path(state.thread.call))
+            if depth:
+                self(depth - 1)
+            else:
+                Recursive.stranger(0)
+
+    class Stranger(nn.Module):
+        def forward(self, _: int) -> None:
+            paths.append(state.path(state.thread.call))
+
+    Recursive.stranger = Stranger()
+    nn.Sequential(Recursive())(2)
+    assert paths == ["0", "0", "0", "0.Stranger"]
+
+
+def test_work_lent_to_threads_belongs_to_the_module_that_lends_it() -> None:
+    class Spread(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return parallel.map(lambda _: (x * 2).node, [0, 1, 2], threads=2)
+
+    net = nn.Sequential(Spread())
+    nodes = net(leaf(3))
+    assert [state.path(node.call) for node in nodes] == ["0"] * 3
+
+
 def test_infinities_that_were_put_in_are_no_anomaly() -> None:
     x = leaf(4)
     with detect_anomaly():
         y = tt.where(np.array([True, False, True, True]), x, -np.inf).softmax(-1)
         (y * y).sum().backward()
-    assert np.isfinite(x.grad.data).all()
+        (x * tt.tensor([-np.inf, 0.0, 0.0, 1.0])).softmax(-1)[1:].sum().backward()
 
 
 def test_observers_change_no_number_and_leave_nothing_behind() -> None:

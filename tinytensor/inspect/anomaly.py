@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ class detect_anomaly(Observer):
     """Within this block the first op whose result, or whose gradient, is not finite though all it came from was, raises
     FloatingPointError that names it, its module, its line, and what went in.
 
-    An infinity that was put in (a mask of −∞, say) is not an anomaly, nor is what follows from it. Every number is looked at,
-    which takes time, and on a GPU waits for it.
+    An infinity that was put in as a number or an array (a mask of −∞, say) is not an anomaly, nor is what follows from it.
+    Every number is looked at, which takes time, and on a GPU waits for it.
     """
 
     def __init__(self) -> None:
-        self._given: dict[Node, tuple[Any, bool]] = {}  # of nodes whose turn it is: their gradient, and whether it is finite
+        self._given: dict[
+            Any, tuple[Any, bool]
+        ] = {}  # by thread and node: its gradient, and whether it and what it saved are finite
+        self._sent: dict[Any, bool] = {}  # by thread and node: whether all shares that it was sent are finite
 
     def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         y = run()
@@ -32,13 +36,14 @@ class detect_anomaly(Observer):
         return y
 
     def sent(self, node: Node, edge: Any, share: Any) -> None:
-        g, finite = self._given[node]
+        g, finite = self._given[get_ident(), node]
+        self._sent[get_ident(), edge] = self._sent.get((get_ident(), edge), True) and _finite(share)
         if finite and not _finite(share):
             values = [f"input {i}" for i in range(len(node.edges))]
             given = [
                 _statistics(n, v) for n, v in zip(["y", *values], node.values or (), strict=False) if not isinstance(v, Spec)
             ]
-            to = node.edges.index(edge)
+            to = " or ".join(str(i) for i, e in enumerate(node.edges) if e is edge)
             what = "a leaf" if isinstance(edge, Leaf) else str(edge)
             raise FloatingPointError(
                 f"backward of {node}: {_statistics(f'the gradient of input {to} ({what})', share)}, from "
@@ -46,13 +51,21 @@ class detect_anomaly(Observer):
             )
 
     def backward(self, node: Node, g: Any, run: Callable[[], None]) -> None:
-        self._given[node] = g, _finite(g)
-        run()
-        del self._given[node]
+        key = get_ident(), node
+        if self._sent.pop(key, False) and not _finite(g):
+            raise FloatingPointError(
+                f"backward: {_statistics('the gradient', g)} of {node}, whose finite shares add up to it, or its hook"
+            )
+        saved = [value for value in node.values or () if not isinstance(value, Spec)]
+        self._given[key] = g, _finite(g) and all(_finite(value) for value in saved)
+        try:
+            run()
+        finally:
+            del self._given[key]
 
 
 def _finite(x: Any) -> bool:
-    array = x.data if isinstance(x, Value) else x
+    array = x.data if isinstance(x, Value) else np.asarray(x) if isinstance(x, list | tuple) else x
     if not hasattr(array, "dtype"):
         return not isinstance(array, float) or bool(np.isfinite(array))
     return not backend.is_float(array.dtype) or bool(np.isfinite(array).all())
@@ -67,5 +80,6 @@ def _statistics(name: str, x: Any) -> str:
     finite = array[np.isfinite(array)] if backend.is_float(array.dtype) else array.reshape(-1)
     if bad := array.size - finite.size:
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        text += f" has {bad} of {array.size} not finite, the first {array[first]} at {list(first)}; the others"
+        text += f" has {bad} of {array.size} not finite, the first {array[first]} at {list(first)}"
+        text += "; the others" if finite.size else ""
     return f"{text}, {finite.min():.6g} to {finite.max():.6g}" if finite.size else text

@@ -79,7 +79,7 @@ def saved_arrays(node: Node) -> Iterator[tuple[str, Array]]:
     names = ["y", *code.co_varnames[2 : code.co_argcount]]
     for i, value in enumerate(node.values or ()):
         if not isinstance(value, Spec):
-            yield from _arrays(names[i] if i < len(names) else names[-1], value)
+            yield from _arrays(names[i] if i < len(names) else f"input {i - 1}", value)
     yield from _arrays("kernel", getattr(node.vjp, "residual", None))
     for name, value in node.params.items():
         yield from _arrays(name, value)

@@ -46,7 +46,7 @@ class Ledger:
         for what in ("op", "module", "line"):
             lines += ["", f"by {what}"]
             for name, size in list(self.by(what).items())[:20]:
-                lines.append(f"{size / 1e6:14,.3f} MB {size / self.total:6.1%}  {name or 'outside of modules'}")
+                lines.append(f"{size / 1e6:14,.3f} MB {size / (self.total or 1):6.1%}  {name or 'outside of modules'}")
         return "\n".join(lines)
 
 
