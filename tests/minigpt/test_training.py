@@ -73,7 +73,7 @@ def test_thirty_steps_in_float64_are_those_of_torch(bias: bool) -> None:
     judge = Judge(ours)
     norms = []
     for step in range(STEPS):
-        (loss, norm, _), (their_loss, their_norm) = our_step(ours), judge.train_step(step)
+        (loss, norm, *_), (their_loss, their_norm) = our_step(ours), judge.train_step(step)
         assert loss == pytest.approx(their_loss, rel=1e-9), step
         assert norm == pytest.approx(their_norm, rel=1e-9), step
         norms.append(norm)
@@ -96,7 +96,7 @@ def test_thirty_steps_in_float32_have_the_losses_of_torch() -> None:
 def test_micro_batches_have_the_gradient_of_one_large_batch() -> None:
     ours = prepared("float64", bias=True)
     ours.config = replace(ours.config, grad_clip=1e9)
-    loss, norm, _ = ours.train_step(0.0)
+    loss, norm, *_ = ours.train_step(0.0)
     gradients = [p.grad.numpy().copy() for p in ours.model.parameters()]
     batches = [ours.data.batch(TRAINING.seed, 0, micro_step, TRAINING.micro_batch) for micro_step in range(3)]
     ours.model.zero_grad()

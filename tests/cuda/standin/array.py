@@ -309,12 +309,26 @@ def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: function(*map(widen, args), **kwargs)
 
 
+def _refused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What CuPy cannot compile for bfloat16."""
+
+    def refuse(a: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        if a.dtype.name == "bfloat16":
+            raise TypeError(f"CuPy cannot compile {function.__name__} for bfloat16")
+        return function(a, *args, **kwargs)
+
+    return refuse
+
+
 _OTHERWISE = {
     "matmul": _matmul,
     "allclose": lambda *args, **kwargs: np.asarray(np.allclose(*args, **kwargs)),
     "array_equal": lambda *args, **kwargs: np.asarray(np.array_equal(*args, **kwargs)),
     **{name: _widened(getattr(np, name)) for name in ("clip", "tril", "triu", "where")},
+    "cumsum": _refused(np.cumsum),
 }
+for _name, _wrapped in {"clip": _widened, "cumsum": _refused, "cumprod": _refused}.items():
+    setattr(ndarray, _name, _method(_wrapped(getattr(np.ndarray, _name))))
 
 
 def asarray(a: Any, dtype: Any = None) -> ndarray:
