@@ -215,6 +215,15 @@ def test_what_cupy_lacks_is_lacking(cp: Any) -> None:
             call()
 
 
+@pytest.mark.parametrize("name", ["sum", "mean", "max", "min", "argmax"])
+def test_an_array_without_dimensions_has_no_axis(cp: Any, name: str) -> None:
+    x = cp.ones(())
+    assert getattr(x, name)().shape == getattr(x, name)(keepdims=True).shape == ()
+    for axis in (0, -1):
+        with pytest.raises(ValueError, match="out of bounds for array of dimension 0"):
+            getattr(x, name)(axis=axis)
+
+
 def test_what_cupy_does_with_bfloat16(cp: Any) -> None:
     from cupyx.scipy.special import erf
 

@@ -128,9 +128,15 @@ class Cumsum(Op):
         return np.flip(np.flip(g, axis=axis).cumsum(axis=axis), axis=axis)
 
 
+def _all_of_one(x: Any, axis: Any) -> Any:
+    """The axis, or None where it is the one that NumPy, but not CuPy, grants an array without axes."""
+    return None if x.data.ndim == 0 and axis in (0, -1) else axis
+
+
 def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Σ over the given axes (all when None)."""
-    return apply(Sum, as_value(x), axis=axis, keepdims=keepdims)
+    x = as_value(x)
+    return apply(Sum, x, axis=_all_of_one(x, axis), keepdims=keepdims)
 
 
 def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
@@ -155,12 +161,14 @@ def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Ten
 
 def max(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Largest value along the axes; equal maxima share the gradient evenly (as torch.amax)."""
-    return apply(Max, as_value(x), axis=axis, keepdims=keepdims)
+    x = as_value(x)
+    return apply(Max, x, axis=_all_of_one(x, axis), keepdims=keepdims)
 
 
 def min(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Smallest value along the axes; equal minima share the gradient evenly (as torch.amin)."""
-    return apply(Min, as_value(x), axis=axis, keepdims=keepdims)
+    x = as_value(x)
+    return apply(Min, x, axis=_all_of_one(x, axis), keepdims=keepdims)
 
 
 def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
@@ -182,17 +190,20 @@ def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """ln Σ eˣ, without overflow."""
-    return apply(Logsumexp, el.floating(as_value(x)), axis=axis, keepdims=keepdims)
+    x = el.floating(as_value(x))
+    return apply(Logsumexp, x, axis=_all_of_one(x, axis), keepdims=keepdims)
 
 
 def softmax(x: Any, axis: int = -1) -> Tensor:
     """eˣ/Σeˣ along one axis; each slice sums to 1."""
-    return apply(Softmax, el.floating(as_value(x)), axis=axis)
+    x = el.floating(as_value(x))
+    return apply(Softmax, x, axis=_all_of_one(x, axis))
 
 
 def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """ln softmax, accurate where the softmax is tiny."""
-    return apply(LogSoftmax, el.floating(as_value(x)), axis=axis)
+    x = el.floating(as_value(x))
+    return apply(LogSoftmax, x, axis=_all_of_one(x, axis))
 
 
 def cumsum(x: Any, axis: int = -1) -> Tensor:
@@ -202,9 +213,11 @@ def cumsum(x: Any, axis: int = -1) -> Tensor:
 
 def argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
     """Index of the first largest value (int64, no gradient)."""
-    return apply(Argmax, as_value(x), axis=axis, keepdims=keepdims)
+    x = as_value(x)
+    return apply(Argmax, x, axis=_all_of_one(x, axis), keepdims=keepdims)
 
 
 def argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Tensor:
     """Index of the first smallest value (int64, no gradient)."""
-    return apply(Argmin, as_value(x), axis=axis, keepdims=keepdims)
+    x = as_value(x)
+    return apply(Argmin, x, axis=_all_of_one(x, axis), keepdims=keepdims)

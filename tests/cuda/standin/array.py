@@ -320,13 +320,28 @@ def _refused(function: Callable[..., Any]) -> Callable[..., Any]:
     return refuse
 
 
+def _with_axes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An array without dimensions has no axis 0, which NumPy grants it."""
+
+    @functools.wraps(function)
+    def checked(a: np.ndarray, *args: Any, axis: Any = None, **kwargs: Any) -> Any:
+        if a.ndim == 0 and axis not in (None, ()):
+            raise np.exceptions.AxisError(axis, 0)
+        return function(a, *args, axis=axis, **kwargs)
+
+    return checked
+
+
 _OTHERWISE = {
     "matmul": _matmul,
     "allclose": lambda *args, **kwargs: np.asarray(np.allclose(*args, **kwargs)),
     "array_equal": lambda *args, **kwargs: np.asarray(np.array_equal(*args, **kwargs)),
     **{name: _widened(getattr(np, name)) for name in ("clip", "tril", "triu", "where")},
     "cumsum": _refused(np.cumsum),
+    **{name: _with_axes(getattr(np, name)) for name in ("max", "mean", "min", "sum")},
 }
+for _name in ("all", "any", "argmax", "argmin", "max", "mean", "min", "prod", "std", "sum", "var"):
+    setattr(ndarray, _name, _method(_with_axes(getattr(np.ndarray, _name))))
 for _name, _wrapped in {"clip": _widened, "cumsum": _refused, "cumprod": _refused}.items():
     setattr(ndarray, _name, _method(_wrapped(getattr(np.ndarray, _name))))
 
