@@ -24,7 +24,7 @@ import numpy as np
 
 from tinytensor import backend, writes
 from tinytensor.backend import Array, Into, kernels
-from tinytensor.state import Observer, path, set_grad_enabled, thread
+from tinytensor.state import Observer, set_grad_enabled, thread, within
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _SCALARS = (float, int, bool)
@@ -134,7 +134,7 @@ class Node:
         return writes.Origin(self.code, self.instruction)
 
     def __str__(self) -> str:
-        return f"{self.op.name} at {self.origin}" + (f" in {module}" if (module := path(self.call)) else "")
+        return f"{self.op.name} at {self.origin}{within(self.call)}"
 
     def __reduce__(self) -> Any:
         raise TypeError(f"a result of {self.op.name} is not copied or pickled together with its graph; use detach()")
@@ -351,9 +351,8 @@ def _check_current(x: Value, node: Node | Leaf) -> None:
 def _explained(op: type[Op], arrays: list[Any], error: Exception) -> Exception:
     shapes = ", ".join(f"{a.dtype}{list(a.shape)}" if hasattr(a, "shape") else repr(a) for a in arrays)
     kind = ValueError if isinstance(error, ZeroDivisionError) else type(error)
-    place = f" in {module}" if (module := path(thread.call)) else ""
     return (kind if kind in (ValueError, TypeError, IndexError) else ValueError)(
-        f"{op.name}({shapes}) at {writes.caller()}{place}: {error}"
+        f"{op.name}({shapes}) at {writes.caller()}{within(thread.call)}: {error}"
     )
 
 

@@ -23,22 +23,29 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-class set_grad_enabled(ContextDecorator):
+class Setting(ContextDecorator):
+    """One of this thread's settings, another within a `with` block or a decorated function."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+        self._outer: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(getattr(thread, self.name))
+        setattr(thread, self.name, self.value)
+
+    def __exit__(self, *_: object) -> None:
+        setattr(thread, self.name, self._outer.pop())
+
+    def _recreate_cm(self) -> Setting:  # a decorated function may recurse or run in several threads
+        return Setting(self.name, self.value)
+
+
+class set_grad_enabled(Setting):
     """Record operations, or not, in this thread, within a `with` block or a decorated function."""
 
     def __init__(self, mode: bool) -> None:
-        self.mode = mode
-        self._outer: list[bool] = []
-
-    def __enter__(self) -> None:
-        self._outer.append(thread.recording)
-        thread.recording = self.mode
-
-    def __exit__(self, *_: object) -> None:
-        thread.recording = self._outer.pop()
-
-    def _recreate_cm(self) -> set_grad_enabled:  # a decorated function may recurse or run in several threads
-        return set_grad_enabled(self.mode)
+        super().__init__("recording", mode)
 
 
 def no_grad() -> set_grad_enabled:
@@ -111,3 +118,8 @@ def path(call: Call | None) -> str:
             return ".".join([name for name in (names[id(module)], *strangers) if name])
         strangers.insert(0, "a module that is no more" if module is None else type(module).__name__)
     return ".".join(strangers)
+
+
+def within(call: Call | None) -> str:
+    """ " in h.3.mlp", to end the name of a place; "" outside of modules."""
+    return f" in {module}" if (module := path(call)) else ""

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import tinytensor as tt
-from minigpt.config import GPTConfig
-from minigpt.model import GPT
+from tests.tinytensor.small import gpt, loss_of
 from tinytensor import nn
 from tinytensor.autograd import Op, apply
 from tinytensor.inspect import collect, explain
@@ -23,16 +22,6 @@ from tinytensor.inspect.explain import facts
 
 pytestmark = pytest.mark.filterwarnings("error")
 Facts = dict[str, Any]
-
-
-def gpt(**changes: Any) -> GPT:
-    settings = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.2, **changes}
-    return GPT(GPTConfig(**settings))
-
-
-def loss_of(model: GPT) -> tt.Tensor:
-    ids = np.random.default_rng(0).integers(0, 11, (3, 17))
-    return model(ids[:, :-1], ids[:, 1:])[1]
 
 
 def read(page: Path) -> Facts:

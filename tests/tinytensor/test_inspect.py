@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import tinytensor as tt
-from minigpt.config import GPTConfig
-from minigpt.model import GPT
+from tests.tinytensor.small import gpt, loss_of
 from tinytensor import inspect, nn, parallel, state
 from tinytensor.inspect import backward_pass, collect, detect_anomaly, ledger, why_no_grad
 
@@ -22,16 +21,6 @@ HERE = __file__
 
 def leaf(*shape: int, dtype: str = "float32") -> tt.Tensor:
     return tt.tensor(np.linspace(0.5, 2, int(np.prod(shape))).reshape(shape), dtype=dtype, requires_grad=True)
-
-
-def gpt(**changes: Any) -> GPT:
-    settings = {"vocab_size": 11, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.2, **changes}
-    return GPT(GPTConfig(**settings))
-
-
-def loss_of(model: GPT) -> tt.Tensor:
-    ids = np.random.default_rng(0).integers(0, 11, (3, 17))
-    return model(ids[:, :-1], ids[:, 1:])[1]
 
 
 # -- the graph

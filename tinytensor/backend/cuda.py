@@ -102,7 +102,7 @@ def _draw(key, p):
 
 @register_kernel("cuda", "gelu")
 class Gelu:
-    """tanh is computed again for the derivative, which is quicker than reading it."""
+    """The gate σ(2u) is computed again for the derivative, which is quicker than reading it."""
 
     def forward(x):
         if not _plain(x):

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinytensor import backend, writes
 from tinytensor.autograd import Leaf, Node, Spec, Value
-from tinytensor.state import Observer, path, thread
+from tinytensor.state import Observer, thread, within
 
 
 class detect_anomaly(Observer):
@@ -22,17 +22,16 @@ class detect_anomaly(Observer):
     """
 
     def __init__(self) -> None:
-        self._given: dict[
-            Any, tuple[Any, bool]
-        ] = {}  # by thread and node: its gradient, and whether it and what it saved are finite
+        # by thread and node: its gradient, and whether that and what it saved are finite
+        self._given: dict[Any, tuple[Any, bool]] = {}
         self._sent: dict[Any, bool] = {}  # by thread and node: whether all shares that it was sent are finite
 
     def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
         y = run()
         if not _finite(y.data) and all(_finite(x) for x in inputs):
-            place = f" in {module}" if (module := path(thread.call)) else ""
+            place = f"{op.name} at {writes.caller()}{within(thread.call)}"
             given = "; ".join(_statistics(f"input {i}", x) for i, x in enumerate(inputs))
-            raise FloatingPointError(f"{op.name} at {writes.caller()}{place}: {_statistics('the result', y)}, from {given}")
+            raise FloatingPointError(f"{place}: {_statistics('the result', y)}, from {given}")
         return y
 
     def sent(self, node: Node, edge: Any, share: Any) -> None:

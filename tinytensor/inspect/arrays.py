@@ -10,7 +10,7 @@ import numpy as np
 from tinytensor import backend, writes
 from tinytensor.autograd import Leaf, Node, Spec, Value
 from tinytensor.backend import Array
-from tinytensor.inspect.graph import Entry
+from tinytensor.inspect.graph import Entry, owners
 from tinytensor.tensor import Tensor
 
 SMALL = 24  # elements: an array of no more is given as numbers
@@ -61,9 +61,8 @@ def values(entries: list[Entry], tensors: list[Tensor]) -> dict[Node | Leaf, Arr
                 read.setdefault(place, node.serial)
                 if not isinstance(value, Spec):
                     known.setdefault(place, value.data if isinstance(value, Value) else value)
-    owners = [e.node.owner() for e in entries if isinstance(e.node, Leaf) and e.node.owner is not None]
-    for tensor in (*tensors, *owners):
-        if tensor is not None and not writes.find(tensor.data, read.get(tensor.node, 0)):
+    for tensor in (*tensors, *owners(entries)):
+        if not writes.find(tensor.data, read.get(tensor.node, 0)):
             known.setdefault(tensor.node, tensor.data)
     known.pop(None, None)  # constants have no place in the graph
     for entry in entries:

@@ -24,14 +24,15 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinytensor import parallel
-from tinytensor.autograd import Node, Value
+from tinytensor.autograd import Node
 from tinytensor.backend import Array, memory_root
+from tinytensor.inspect.graph import arrays_in
 
 
 class Cost(NamedTuple):
@@ -105,7 +106,7 @@ def forward(name: str, inputs: Sequence[Any], y: Array, kept: Any, params: dict[
     flops = (RATES.get(name, (0,))[0] or 0) * n + _product(name, inputs, y, params)
     if name in ("linear", "layer_norm") and len(inputs) == 3:
         flops += y.size
-    arrays = list(_arrays(inputs))
+    arrays = _arrays(inputs)
     if any(memory_root(a) is memory_root(y) for a in arrays):
         return Cost(flops, 0)
     read = y.nbytes if name in _PICKING else _distinct(arrays)
@@ -153,14 +154,8 @@ def _size(x: Any) -> int:
     return math.prod(getattr(x, "shape", ()))
 
 
-def _arrays(values: Any) -> Iterator[Array]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _arrays(value)
-        elif isinstance(value, Value):
-            yield value.data
-        elif hasattr(value, "strides"):
-            yield value
+def _arrays(values: Any) -> list[Array]:
+    return [array for _, array in arrays_in("", list(values))]
 
 
 def _distinct(arrays: Any) -> int:

@@ -73,22 +73,29 @@ def _parameters(call: state.Call | None) -> Iterator[tuple[int, str]]:
             yield id(parameter.node), name
 
 
+def owners(entries: list[Entry]) -> list[Value]:
+    """The tensors whose leaves are among these, as far as they still live."""
+    found = [e.node.owner() for e in entries if isinstance(e.node, Leaf) and e.node.owner is not None]
+    return [owner for owner in found if owner is not None]
+
+
 def saved_arrays(node: Node) -> Iterator[tuple[str, Array]]:
     """(role, array) for each array that a node holds for backward: "y", the name of an input or parameter, or "kernel"."""
     code = node.op.vjp.__code__
     names = ["y", *code.co_varnames[2 : code.co_argcount]]
     for i, value in enumerate(node.values or ()):
         if not isinstance(value, Spec):
-            yield from _arrays(names[i] if i < len(names) else f"input {i - 1}", value)
-    yield from _arrays("kernel", getattr(node.vjp, "residual", None))
+            yield from arrays_in(names[i] if i < len(names) else f"input {i - 1}", value)
+    yield from arrays_in("kernel", getattr(node.vjp, "residual", None))
     for name, value in node.params.items():
-        yield from _arrays(name, value)
+        yield from arrays_in(name, value)
 
 
-def _arrays(role: str, value: Any) -> Iterator[tuple[str, Array]]:
+def arrays_in(role: str, value: Any) -> Iterator[tuple[str, Array]]:
+    """(role, array) for each array in a value, its lists and tuples."""
     if isinstance(value, tuple | list):
         for part in value:
-            yield from _arrays(role, part)
+            yield from arrays_in(role, part)
     elif isinstance(value, Value):
         yield role, value.data
     elif hasattr(value, "nbytes") and hasattr(value, "base"):

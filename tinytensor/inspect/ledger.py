@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from tinytensor.autograd import Leaf, Node
+from tinytensor.autograd import Node
 from tinytensor.backend import byte_bounds, memory_root
-from tinytensor.inspect.graph import collect, saved_arrays
+from tinytensor.inspect.graph import collect, owners, saved_arrays
 from tinytensor.tensor import Tensor
 
 
@@ -57,8 +57,7 @@ def ledger(loss: Tensor) -> Ledger:
     that require gradients) lives anyway and is left out.
     """
     entries = collect(loss)
-    owners = [e.node.owner() for e in entries if isinstance(e.node, Leaf) and e.node.owner is not None]
-    seen = {id(memory_root(owner.data)) for owner in owners if owner is not None}
+    seen = {id(memory_root(owner.data)) for owner in owners(entries)}
     pieces = []
     for entry in entries:
         for role, array in saved_arrays(entry.node) if isinstance(entry.node, Node) else ():

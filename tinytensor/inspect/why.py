@@ -91,8 +91,7 @@ class _Trace(Observer):
         self.last = ""  # the last op that took what came of x
 
     def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
-        place = f" in {module}" if (module := state.path(state.thread.call)) else ""
-        text = f"{op.name} at {writes.caller()}{place}"
+        text = f"{op.name} at {writes.caller()}{state.within(state.thread.call)}"
         y = run()
         self.steps.append(_Step([i for i in inputs if hasattr(i, "dtype")], y, state.is_grad_enabled(), text))
         return y
@@ -100,11 +99,11 @@ class _Trace(Observer):
     def cut(self, x: Tensor, loss: Tensor) -> str | None:
         """Where what came of x, on its way to loss, first went on without a gradient."""
         leading = {id(memory_root(loss.data))}  # memory of loss and of what it was made from; the steps keep it alive
-        on_the_way = []
+        on_the_way = set()
         for step in reversed(self.steps):
             if id(memory_root(step.result.data)) in leading:
                 leading.update(_roots(step.inputs))
-                on_the_way.append(step)
+                on_the_way.add(id(step.result))
         came = {id(memory_root(x.data))}  # memory of x and of what was made from it
         for inputs, result, recording, text in self.steps:
             ours = [i for i in inputs if _roots([i]) <= came]
@@ -113,7 +112,7 @@ class _Trace(Observer):
             self.last = text
             came.add(id(memory_root(result.data)))
             linked = result.node is not None and any(isinstance(i, Value) and i.node is not None for i in ours)
-            if linked or not any(step.result is result for step in on_the_way):
+            if linked or id(result) not in on_the_way:
                 continue
             if not recording:
                 return f"{text} ran under no_grad()"
