@@ -59,6 +59,11 @@ class Checkpoint:
         model.load_state_dict(self.model)
         return model.to(device).for_sampling()
 
+    def title(self) -> str:
+        """What this is, in a few words."""
+        steps = f"{self.step:,} step{'s' * (self.step != 1)}"
+        return f"{self.config.preset} after {steps}, validation loss {self.val_loss:.3f}"
+
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write the file so that a crash or a full disk leaves the old one or the new one, whole."""

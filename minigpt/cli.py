@@ -82,10 +82,11 @@ def generate() -> None:
             prompt = args.prompt_file.read_text("utf-8")
         if args.explain:
             _check_page(args.explain, args.num_samples)
-        model = checkpoint.load_run(args.run or checkpoint.newest_run())
-        page = Explanation(model, prompt, args.sampling, args.device) if args.explain else None
+        saved = checkpoint.load_run(args.run or checkpoint.newest_run())
+        model, tokenizer = saved.build_model(args.device), saved.tokenizer
+        page = Explanation(model, tokenizer, prompt, args.sampling, saved.title()) if args.explain else None
         drawn = page.drawn if page else None
-        for text in speak(model, prompt, args.max_tokens, args.num_samples, args.sampling, args.device, drawn):
+        for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
             print(text, end="", flush=True)
         if args.explain and page:
             page.write(args.explain)

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 import tinytensor as tt
-from minigpt.checkpoint import Checkpoint
+from minigpt.config import GPTConfig
+from minigpt.model import GPT
 from minigpt.sampling import Sampling
+from minigpt.tokenizer import Tokenizer
 from tinytensor.inspect.page import write_page
 from tinytensor.state import Observer
 
@@ -43,10 +45,10 @@ def attention(q: np.ndarray, k: np.ndarray) -> np.ndarray:
 class Explanation:
     """What a page shows of one continuation. `drawn` follows it while it is drawn; then `write` makes the page."""
 
-    def __init__(self, checkpoint: Checkpoint, prompt: str, sampling: Sampling, device: str = "cpu") -> None:
-        self.checkpoint, self.prompt, self.sampling, self.device = checkpoint, prompt, sampling, device
+    def __init__(self, model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, title: str = "") -> None:
+        self.model, self.tokenizer, self.prompt, self.sampling, self.title = model, tokenizer, prompt, sampling, title
         self.tokens: list[int] = []
-        self.places: deque[dict[str, Any]] = deque(maxlen=checkpoint.config.block_size)
+        self.places: deque[dict[str, Any]] = deque(maxlen=model.config.block_size)
 
     def drawn(self, logits: np.ndarray, p: np.ndarray, token: int) -> None:
         self.tokens.append(token)
@@ -60,12 +62,10 @@ class Explanation:
         """The page's facts, of the last block_size tokens. For T tokens there are T + 1 places: the last is that of the token
         to come. At place t stands token t; row t − 1 of a head's weights is what it read to predict it.
         """
-        checkpoint, config = self.checkpoint, self.checkpoint.config
-        context = np.append(checkpoint.tokenizer.encode(self.prompt), np.array(self.tokens, np.int64))
-        decode = checkpoint.tokenizer.decode
-        window = context[-config.block_size :]
+        model, decode = self.model, self.tokenizer.decode
+        context = np.append(self.tokenizer.encode(self.prompt), np.array(self.tokens, np.int64))
+        window = context[-model.config.block_size :]
         watch = Attention()
-        model = checkpoint.build_model(self.device)
         with tt.no_grad(), watch:
             logits = model.head(model.features(window[None])).numpy()[0]
         given = max(0, len(window) - len(self.tokens))  # of the window, part of the prompt
@@ -74,9 +74,13 @@ class Explanation:
         weights = np.stack(watch.layers)[..., *np.tril_indices(len(window))]  # (n_layer, n_head, T(T+1)/2), row by row
         roots = np.rint(255 * np.sqrt(weights)).astype(np.uint8)  # finer for small weights than the weights would be
         return {
-            "about": [*_about(checkpoint), f"drawn with {(sampling := _words(self.sampling))}, seed {self.sampling.seed}"],
+            "about": [
+                self.title,
+                _size(model.config),
+                f"drawn with {(sampling := _words(self.sampling))}, seed {self.sampling.seed}",
+            ],
             "sampling": sampling,
-            "symbols": [_symbol(i, decode([i])) for i in range(checkpoint.tokenizer.vocab_size)],
+            "symbols": [_symbol(i, decode([i])) for i in range(self.tokenizer.vocab_size)],
             "tokens": window.tolist(),
             "given": given,
             "left_out": len(context) - len(window),
@@ -114,19 +118,15 @@ def _digits(x: float) -> float:
 
 
 def _symbol(i: int, text: str) -> str:
-    """A token as text; a control character, or a byte that is no character on its own, as ‹E2›."""
-    if text == "\ufffd":
+    """A token as text; a control character as ‹07›, and bytes that are no character on their own as the token's number."""
+    if "\ufffd" in text:
         return f"‹{i:02X}›"
-    return text if text.isprintable() or text in "\n\r\t" else f"‹{ord(text):02X}›"
+    return "".join(c if c.isprintable() or c in "\n\r\t" else f"‹{ord(c):02X}›" for c in text)
 
 
-def _about(checkpoint: Checkpoint) -> list[str]:
-    config = checkpoint.config
+def _size(config: GPTConfig) -> str:
     size = f"{_count(config.n_layer, 'layer')} of {_count(config.n_head, 'head')}, width {config.n_embd}"
-    return [
-        f"{config.preset} after {_count(checkpoint.step, 'step')}, validation loss {checkpoint.val_loss:.3f}",
-        f"{size}, context of {_count(config.block_size, 'token')}",
-    ]
+    return f"{size}, context of {_count(config.block_size, 'token')}"
 
 
 def _count(n: int, noun: str) -> str:

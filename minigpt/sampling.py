@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import tinytensor as tt
-from minigpt.checkpoint import Checkpoint
 from minigpt.model import GPT, KVCache
+from minigpt.tokenizer import Tokenizer
 from tinytensor import random
 
 log = logging.getLogger(__name__)
@@ -114,33 +114,40 @@ def generate(
 
 
 def speak(
-    checkpoint: Checkpoint,
+    model: GPT,
+    tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int,
     num_samples: int,
     sampling: Sampling,
-    device: str = "cpu",
     drawn: Drawn | None = None,
 ) -> Iterator[str]:
-    """Yield the prompt and its continuations piece by piece, ready to print."""
+    """Yield the prompt and its continuations piece by piece, ready to print. A continuation ends early with its document."""
     if max_tokens < 0 or num_samples < 1:
         raise ValueError(f"max_tokens={max_tokens} must not be negative and num_samples={num_samples} must be at least 1")
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character")
-    tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(prompt)
-    model = checkpoint.build_model(device)
-    if len(ids) > (block := checkpoint.config.block_size):
+    if len(ids) > (block := model.config.block_size):
         log.warning("warning: the prompt has %d tokens; the model sees the last %d", len(ids), block)
     for sample in range(num_samples):
         yield prompt
-        written: list[int] = []
-        shown = ""
-        for token in generate(model, ids, max_tokens, sampling, sample, drawn=drawn):
-            written.append(token)
-            text = tokenizer.decode(written)
-            whole = text.rstrip("\ufffd")  # bytes of a character that is not finished yet wait for the rest
-            if len(whole) > len(shown):
-                yield whole[len(shown) :]
-                shown = whole
-        yield tokenizer.decode(written)[len(shown) :] + "\n" + ("---\n" if sample + 1 < num_samples else "")
+        tokens = generate(model, ids, max_tokens, sampling, sample, drawn=drawn)
+        yield from decoded(tokenizer, tokens)
+        yield "\n" + ("---\n" if sample + 1 < num_samples else "")
+
+
+def decoded(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens, up to the one that ends a text, in pieces as they come."""
+    written: list[int] = []
+    shown = ""
+    for token in tokens:
+        if token == tokenizer.end_of_text:
+            break
+        written.append(token)
+        whole = tokenizer.decode(written).rstrip("\ufffd")  # bytes of an unfinished character wait for the rest
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+    if rest := tokenizer.decode(written)[len(shown) :]:
+        yield rest

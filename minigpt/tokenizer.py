@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the token that parts documents
+BPE_VOCAB_SIZE = 1024
+_PART, _GROUP = 1 << 16, 64  # characters that one core encodes at a time, and parts that wait in memory
 
 
 class Tokenizer(Protocol):
@@ -13,6 +20,8 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def end_of_text(self) -> int | None: ...  # the id that parts documents, where there is one
     def encode(self, text: str) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def to_dict(self) -> dict[str, Any]: ...
@@ -20,6 +29,8 @@ class Tokenizer(Protocol):
 
 class CharTokenizer:
     """One token per character; ids follow the sorted order of the symbols."""
+
+    end_of_text = None
 
     def __init__(self, symbols: str) -> None:
         if not symbols or len(set(symbols)) != len(symbols):
@@ -63,6 +74,7 @@ class ByteTokenizer:
     """One token per byte of the UTF-8 text: 256 ids, and no text is foreign to it."""
 
     vocab_size = 256
+    end_of_text = None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids."""
@@ -76,15 +88,120 @@ class ByteTokenizer:
         return {"kind": "byte"}
 
 
-def make_tokenizer(kind: str, text: str) -> Tokenizer:
-    """A tokenizer of a kind ("char", "byte") for a text."""
-    return CharTokenizer.from_text(text) if kind == "char" else from_dict({"kind": kind})
+class BPETokenizer:
+    """One token per frequent piece of a word, put together from bytes pair by pair, so no text is foreign to it. The work is
+    done by the package `tokenizers`; all of a tokenizer is in one JSON text, the `tokenizer.json` of Hugging Face's models.
+
+    (Sennrich et al., "Neural machine translation of rare words with subword units", 2016; on bytes: Radford et al. 2019.)
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        try:
+            self._bpe = _tokenizers().Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the package raises nothing more precise
+            raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error}") from None
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = BPE_VOCAB_SIZE) -> Self:
+        """The tokenizer of the pieces most frequent in some texts: the 256 bytes, vocab_size − 257 pieces, and END_OF_TEXT."""
+        if not 257 <= vocab_size < 2**31:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 257: the 256 bytes and {END_OF_TEXT}")
+        package = _tokenizers()
+        bpe = package.Tokenizer(package.models.BPE())
+        bpe.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = package.decoders.ByteLevel()
+        alphabet = package.pre_tokenizers.ByteLevel.alphabet()
+        trainer = package.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
+        )
+        bpe.train_from_iterator((part for text in texts for part in parts(text, _PART)), trainer)
+        return cls(bpe.to_str())
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """The tokenizer of a file."""
+        try:
+            return cls(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self._bpe.get_vocab().values()) + 1
+
+    @cached_property
+    def end_of_text(self) -> int | None:
+        return self._bpe.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids; ValueError where the tokenizer, being none of bytes, has no token for something in the text."""
+        pieces, ids = list(parts(text, _PART)), []
+        try:
+            for i in range(0, len(pieces), _GROUP):
+                for found in self._bpe.encode_batch_fast(pieces[i : i + _GROUP], add_special_tokens=False):  # on all cores
+                    ids.append(np.array(found.ids, np.int32))
+        except Exception as error:  # the package raises nothing more precise
+            raise ValueError(f"the text cannot be encoded by this tokenizer: {error}") from None
+        return np.concatenate(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self._bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._bpe.to_str()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "bpe", "tokenizer": json.loads(self.to_json())}
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise RuntimeError(f'a BPE tokenizer needs the package tokenizers ({error}); pip install -e ".[hf]"') from None
+    return tokenizers
+
+
+def parts(text: str, size: int) -> Iterator[str]:
+    """A text in parts of about `size` characters, cut where GPT-2's pattern begins a word anyway, if there is such a place:
+    before a space or line break that a word follows. The parts' tokens are then the text's.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = cut(text, start + 1, start + size) or start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def cut(text: str, low: int, high: int) -> int:
+    """The last such place in text[low:high], 0 where there is none."""
+    for end in range(high - 1, low - 1, -1):
+        if text[end] in " \n" and not text[end + 1].isspace():
+            return end
+    return 0
+
+
+def make_tokenizer(kind: str, text: str, vocab_size: int | None = None) -> Tokenizer:
+    """A tokenizer of a kind ("char", "byte", "bpe") for a text; vocab_size is for "bpe"."""
+    if kind == "char":
+        return CharTokenizer.from_text(text)
+    if kind == "bpe":
+        return BPETokenizer.train([text], vocab_size or BPE_VOCAB_SIZE)
+    return from_dict({"kind": kind})
 
 
 def from_dict(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` described."""
-    if state.get("kind") == "char":
-        return CharTokenizer(state["symbols"])
-    if state.get("kind") == "byte":
-        return ByteTokenizer()
-    raise ValueError(f"tokenizer kind {state.get('kind')!r} is not known; use 'char' or 'byte'")
+    match state.get("kind"):
+        case "char":
+            return CharTokenizer(state["symbols"])
+        case "byte":
+            return ByteTokenizer()
+        case "bpe":
+            return BPETokenizer(json.dumps(state["tokenizer"]))
+    raise ValueError(f"tokenizer kind {state.get('kind')!r} is not known; use 'char', 'byte' or 'bpe'")

@@ -116,7 +116,7 @@ def test_generating_continues_the_prompt_with_the_newest_run(home: Path, trained
     done = execute(
         home, "generate.py", "--prompt", "ANNA:\n", "--max_tokens", "20", "--num-samples", "3", "--top-k", "5", "--seed=2"
     )
-    expected = "".join(speak(trained, "ANNA:\n", 20, 3, Sampling(top_k=5, seed=2)))
+    expected = "".join(speak(trained.build_model(), trained.tokenizer, "ANNA:\n", 20, 3, Sampling(top_k=5, seed=2)))
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
     assert done.stdout.count("---\n") == 2
 

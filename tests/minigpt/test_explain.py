@@ -46,8 +46,9 @@ def explained(
     made: Checkpoint, prompt: str, max_tokens: int, how: Sampling = PLAIN
 ) -> tuple[np.ndarray, dict[str, Any], Explanation]:
     """All token ids of prompt and continuation, and what the page says of them."""
-    page = Explanation(made, prompt, how)
-    "".join(speak(made, prompt, max_tokens, 1, how, drawn=page.drawn))
+    model = made.build_model()
+    page = Explanation(model, made.tokenizer, prompt, how, made.title())
+    "".join(speak(model, made.tokenizer, prompt, max_tokens, 1, how, drawn=page.drawn))
     return np.array([*made.tokenizer.encode(prompt), *page.tokens]), page.data(), page
 
 

@@ -104,7 +104,7 @@ def test_a_tokenizer_survives_json(text: str) -> None:
 
 def test_unknown_kinds_are_refused() -> None:
     for state in ({"kind": "word"}, {}):
-        with pytest.raises(ValueError, match=r"is not known; use 'char' or 'byte'"):
+        with pytest.raises(ValueError, match=r"is not known; use 'char', 'byte' or 'bpe'"):
             tokenizer.from_dict(state)
     with pytest.raises(ValueError, match=r"tokenizer kind 'word' is not known"):
         make_tokenizer("word", "text")
