@@ -96,8 +96,9 @@ class BPETokenizer:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
+        package = _tokenizers()
         try:
-            self._bpe = _tokenizers().Tokenizer.from_str(tokenizer_json)
+            self._bpe = package.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the package raises nothing more precise
             raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error}") from None
         self._bpe.no_truncation()
@@ -109,9 +110,7 @@ class BPETokenizer:
         if not 257 <= vocab_size < 2**31:
             raise ValueError(f"vocab_size={vocab_size} must be at least 257: the 256 bytes and {END_OF_TEXT}")
         package = _tokenizers()
-        bpe = package.Tokenizer(package.models.BPE())
-        bpe.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = package.decoders.ByteLevel()
+        bpe = _on_bytes(package, package.models.BPE())
         alphabet = package.pre_tokenizers.ByteLevel.alphabet()
         trainer = package.trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
@@ -126,6 +125,18 @@ class BPETokenizer:
             return cls(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
+
+    @classmethod
+    def from_vocab(cls, vocab: Path, merges: Path) -> Self:
+        """The tokenizer of GPT-2's own two files: token → id in vocab.json, and merges.txt, one pair to join a line."""
+        package = _tokenizers()
+        try:
+            bpe = _on_bytes(package, package.models.BPE.from_file(str(vocab), str(merges)))
+        except Exception as error:  # the package raises nothing more precise
+            raise ValueError(f"{vocab} and {merges.name} cannot be used: {error}") from None
+        if bpe.token_to_id(END_OF_TEXT) is not None:
+            bpe.add_special_tokens([END_OF_TEXT])
+        return cls(bpe.to_str())
 
     @cached_property
     def vocab_size(self) -> int:
@@ -164,6 +175,14 @@ def _tokenizers() -> Any:
     except ImportError as error:
         raise RuntimeError(f'a BPE tokenizer needs the package tokenizers ({error}); pip install -e ".[hf]"') from None
     return tokenizers
+
+
+def _on_bytes(package: Any, model: Any) -> Any:
+    """A tokenizer with a model of pairs, on words as GPT-2 cuts them and on the bytes of their letters."""
+    bpe = package.Tokenizer(model)
+    bpe.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = package.decoders.ByteLevel()
+    return bpe
 
 
 def parts(text: str, size: int) -> Iterator[str]:

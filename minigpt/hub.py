@@ -1,0 +1,60 @@
+"""The files of a model: in a folder, or in a repository of the Hugging Face hub.
+
+What was fetched once stays in the hub's cache and is not asked for again: the same name goes on meaning the same weights.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # gpt2, or owner/name
+
+
+def find(source: str, name: str) -> Path | None:
+    """The file `name` of the model in the folder `source`, or else in that repository of the hub; None where it has no such
+    file. What keeps the answer from being known is one sentence: ValueError for a source that is neither, or is closed to us,
+    OSError for a hub that cannot be reached, RuntimeError where huggingface_hub is not installed.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    if folder.exists():
+        raise ValueError(f"{source} is a file; name the folder that it is in, {folder.parent}")
+    if not _REPOSITORY.fullmatch(source):
+        raise ValueError(f"there is no folder {source}; name one, or a repository of the Hugging Face hub such as gpt2")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        needs = f'to look for it on the hub needs the package huggingface_hub ({error}); pip install -e ".[hf]"'
+        raise RuntimeError(f"there is no folder {source}, and {needs}") from None
+    return _fetch(huggingface_hub, source, name)
+
+
+def _fetch(package: Any, source: str, name: str) -> Path | None:
+    errors = package.errors
+    try:
+        known = package.try_to_load_from_cache(source, name)
+        if known is None:
+            return Path(package.hf_hub_download(source, name))
+        return Path(known) if isinstance(known, str) else None  # what is no path stands for a file that was asked for in vain
+    except errors.LocalEntryNotFoundError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise OSError(
+            f"{source} is no folder, the hub's cache does not have its {name}, and {package.constants.ENDPOINT} does not answer "
+            f"({why}); connect to the network, or name a folder"
+        ) from None
+    except errors.EntryNotFoundError:
+        return None
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"the hub's repository {source} is gated; accept its conditions on its page, then log in with: hf auth login"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ValueError(
+            f"there is no folder {source}, and no repository of that name on the hub that is open to you; "
+            "correct the name, or log in with: hf auth login"
+        ) from None
+    except Exception as error:  # each version of the package has its own for a line that breaks
+        raise OSError(f"{name} of {source} could not be fetched ({str(error).splitlines()[0]}); try again") from None
