@@ -55,8 +55,7 @@ class Checkpoint:
 
     def build_model(self, device: str = "cpu") -> GPT:
         """The model of this checkpoint, with its weights, ready to speak."""
-        model = GPT(self.config.model(self.tokenizer.vocab_size))
-        model.load_state_dict(self.model)
+        model = GPT.from_weights(self.config.model(self.tokenizer.vocab_size), self.model)
         return model.to(device).for_sampling()
 
     def title(self) -> str:

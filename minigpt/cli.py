@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minigpt import checkpoint, folder
+from minigpt import checkpoint, folder, gpt2
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
+from minigpt.model import GPT
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
+from minigpt.tokenizer import Tokenizer
 
 STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can be resumed (EX_TEMPFAIL of sysexits.h)
 
@@ -58,6 +60,8 @@ class Generate:
 
     run: Path | None = None
     """run folder or checkpoint file; by default the newest run below runs/"""
+    model: str | None = None
+    """Hugging Face folder or hub name of GPT-2 weights, such as gpt2, instead of a run"""
     prompt: str | None = None
     """text to continue, by default a line break; "-" reads it from standard input"""
     prompt_file: Path | None = None
@@ -82,9 +86,8 @@ def generate() -> None:
             prompt = args.prompt_file.read_text("utf-8")
         if args.explain:
             _check_page(args.explain, args.num_samples)
-        saved = checkpoint.load_run(args.run or checkpoint.newest_run())
-        model, tokenizer = saved.build_model(args.device), saved.tokenizer
-        page = Explanation(model, tokenizer, prompt, args.sampling, saved.title()) if args.explain else None
+        model, tokenizer, title = _voice(args)
+        page = Explanation(model, tokenizer, prompt, args.sampling, title) if args.explain else None
         drawn = page.drawn if page else None
         for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
             print(text, end="", flush=True)
@@ -96,6 +99,20 @@ def generate() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()
+
+
+def _voice(args: Generate) -> tuple[GPT, Tokenizer, str]:
+    """The model that is to speak, its tokenizer, and what it is in a few words."""
+    if args.model is None:
+        saved = checkpoint.load_run(args.run or checkpoint.newest_run())
+        return saved.build_model(args.device), saved.tokenizer, saved.title()
+    if args.run:
+        raise ValueError(f"--run {args.run} and --model {args.model} are two models; leave out one of them")
+    found = gpt2.load(args.model).cropped()
+    if found.tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside it")
+    model = GPT.from_weights(found.config, found.weights)
+    return model.to(args.device).for_sampling(), found.tokenizer, args.model
 
 
 def _check_page(path: Path, num_samples: int) -> None:

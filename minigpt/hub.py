@@ -40,10 +40,9 @@ def _fetch(package: Any, source: str, name: str) -> Path | None:
             return Path(package.hf_hub_download(source, name))
         return Path(known) if isinstance(known, str) else None  # what is no path stands for a file that was asked for in vain
     except errors.LocalEntryNotFoundError as error:
-        why = str(error.__cause__ or error).splitlines()[0]
         raise OSError(
-            f"{source} is no folder, the hub's cache does not have its {name}, and {package.constants.ENDPOINT} does not answer "
-            f"({why}); connect to the network, or name a folder"
+            f"{source} is no folder, the hub's cache does not have its {name}, and {package.constants.ENDPOINT} does not "
+            f"answer ({_first_line(error.__cause__ or error)}); connect to the network, or name a folder"
         ) from None
     except errors.EntryNotFoundError:
         return None
@@ -57,4 +56,8 @@ def _fetch(package: Any, source: str, name: str) -> Path | None:
             "correct the name, or log in with: hf auth login"
         ) from None
     except Exception as error:  # each version of the package has its own for a line that breaks
-        raise OSError(f"{name} of {source} could not be fetched ({str(error).splitlines()[0]}); try again") from None
+        raise OSError(f"{name} of {source} could not be fetched ({_first_line(error)}); try again") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

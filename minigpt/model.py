@@ -7,9 +7,14 @@ ids ─ wte + wpe ─ dropout ─┬──── ln_1 ─ attn ────┬�
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
 
 import tinytensor as tt
+from minigpt import gpt2
 from minigpt.config import GPTConfig
 from tinytensor import Tensor, nn
 
@@ -91,6 +96,20 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.init_weights()
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: Mapping[str, np.ndarray]) -> Self:
+        """The model whose weights are these arrays, by name (see `load_state_dict`); no others are drawn for it first."""
+        with nn.init.skip():
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> Self:
+        """The model of a Hugging Face folder, or of a repository of the hub ("gpt2"); `gpt2.load` says what it may be."""
+        found = gpt2.load(source, dropout)
+        return cls.from_weights(found.config, found.weights)
 
     def init_weights(self) -> None:
         """GPT-2's: N(0, 0.02²), 0 for biases, and residual projections smaller by 1/√(2·n_layer), the number of additions."""

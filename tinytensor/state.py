@@ -15,6 +15,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 class _Thread(threading.local):
     recording = True
+    initialises = True
     precision: Precision = "fp32"
     call: Call | None = None
     observers: tuple[Observer, ...] = ()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from tinytensor import backend, writes
 from tinytensor.backend import Array, random
+from tinytensor.state import Setting, thread
 from tinytensor.tensor import Tensor
+
+
+def skip() -> Setting:
+    """Within this block (or decorated function) this thread draws no initial weights, for a model that is about to be given
+    others: until then they are whatever was in memory.
+    """
+    return Setting("initialises", False)
 
 
 def normal_(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Fill with N(mean, std²)."""
-    return _write(x, mean + std * random.normal(random.next_key("init"), x.shape, x.dtype))
+    return _write(x, lambda: mean + std * random.normal(random.next_key("init"), x.shape, x.dtype))
 
 
 def uniform_(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Fill with the uniform distribution on [low, high)."""
-    return _write(x, low + (high - low) * random.uniform(random.next_key("init"), x.shape, x.dtype))
+    return _write(x, lambda: low + (high - low) * random.uniform(random.next_key("init"), x.shape, x.dtype))
 
 
 def constant_(x: Tensor, value: float) -> Tensor:
@@ -55,7 +64,8 @@ def _fans(x: Tensor) -> tuple[int, int]:
     return x.shape[1] * field, x.shape[0] * field
 
 
-def _write(x: Tensor, values: Array) -> Tensor:
-    x.data[...] = backend.to_device(values, x.device)
-    writes.record(x.data)
+def _write(x: Tensor, draw: Callable[[], Array]) -> Tensor:
+    if thread.initialises:
+        x.data[...] = backend.to_device(draw(), x.device)
+        writes.record(x.data)
     return x

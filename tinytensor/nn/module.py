@@ -88,8 +88,11 @@ class Module:
         """Copies of all parameters as NumPy arrays, by name."""
         return {name: np.array(p.numpy()) for name, p in self.named_parameters()}
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         """Copy arrays into the parameters in place. All keys are checked first, and nothing is written if any is wrong.
+
+        With assign the parameters take the arrays themselves, where dtype and device agree, and no memory but theirs is
+        needed: do it before making the optimiser, and use them no more.
 
         Raises ValueError naming every missing, unexpected (when strict) and misshapen key. A shared parameter may be given
         under any of its names.
@@ -109,9 +112,15 @@ class Module:
         if problems:
             raise ValueError(f"state does not fit {type(self).__name__}: " + "; ".join(problems))
         for k, a in arrays.items():
-            if k in every:
-                every[k].data[...] = backend.to_device(a.astype(every[k].dtype, copy=False), every[k].device)
-                writes.record(every[k].data)
+            if k not in every:
+                continue
+            p = every[k]
+            a = backend.to_device(a.astype(p.dtype, copy=False), p.device)
+            if assign:
+                _adopt(p, a)
+            else:
+                p.data[...] = a
+                writes.record(p.data)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for this module and all below (dropout active), or not."""
@@ -130,10 +139,7 @@ class Module:
         if dtype is not None and dtype.kind != "f":
             raise TypeError(f"parameters need a floating-point dtype, not {dtype}")
         for p in self.parameters():
-            p.data = backend.to_device(p.data, target) if on_device else p.data.astype(dtype, copy=False)
-            p.grad = None
-            if isinstance(p.node, autograd.Leaf):
-                p.node.slot = None
+            _adopt(p, backend.to_device(p.data, target) if on_device else p.data.astype(dtype, copy=False))
         return self
 
     def zero_grad(self) -> None:
@@ -158,6 +164,14 @@ class Module:
             return f"{type(self).__name__}({self.extra_repr()})"
         lines = [f"({name}): " + repr(child).replace("\n", "\n  ") for name, child in children]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+
+def _adopt(p: Parameter, array: backend.Array) -> None:
+    """Another array for a parameter, whose gradient, and the optimiser's place for it, were for the one before."""
+    p.data = array
+    p.grad = None
+    if isinstance(p.node, autograd.Leaf):
+        p.node.slot = None
 
 
 class ModuleList(Module):
