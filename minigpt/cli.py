@@ -1,8 +1,9 @@
-"""The command lines: what scripts/train.py and scripts/generate.py do."""
+"""The command lines: what scripts/train.py, scripts/generate.py and scripts/export.py do."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import tyro
 from minigpt import checkpoint, folder, gpt2
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
+from minigpt.export import export as write_files
 from minigpt.model import GPT
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
@@ -99,6 +101,30 @@ def generate() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model as files that other programs load."""
+
+    run: tyro.conf.Positional[Path]
+    """run folder or checkpoint file"""
+    to: Literal["hf"] = "hf"
+    """for whom: hf is a folder for Hugging Face's transformers, and for generate.py --model"""
+    out_dir: Path | None = None
+    """the folder to write, new or empty; by default the run's own, and in it one of that name"""
+
+
+def export() -> None:
+    """Write a trained model for other programs: `export.py runs/quick --to hf`."""
+    try:
+        args = tyro.cli(Export)
+        folder = write_files(args.run, args.to, args.out_dir)
+        print(f"{folder} holds the model, its tokenizer and a card; try: generate.py --model {shlex.quote(str(folder))}")
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
 
 
 def _voice(args: Generate) -> tuple[GPT, Tokenizer, str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from minigpt import hub
 from minigpt.config import GPTConfig
-from minigpt.tokenizer import BPETokenizer, Tokenizer
+from minigpt.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 PREFIX = "transformer."  # of every name but the head's, where the head was saved too
@@ -94,6 +94,46 @@ class _Place(NamedTuple):
         if self.dtype == "BF16":  # the upper half of a float32
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
         return flat.astype(np.float32, copy=False).reshape(self.shape)
+
+
+def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: Path) -> None:
+    """The inverse of `load`: write a model and its tokenizer into a folder, for transformers and all that read its files.
+
+    A model without biases gets biases of 0, for GPT-2 has some everywhere. OSError where a file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    end = tokenizer.end_of_text
+    ids = {"bos_token_id": end, "eos_token_id": end}
+    symbols = {"bos_token": None if end is None else END_OF_TEXT, "eos_token": None if end is None else END_OF_TEXT}
+    exact = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    tensors = {}
+    for name, shape in _shapes(config).items():
+        left_out = name.endswith("bias") and not config.bias
+        array = np.zeros(shape) if left_out else weights[name].T if _turned(name) else weights[name]
+        tensors[PREFIX + name] = np.ascontiguousarray(array, np.float32)
+    _write(folder / CONFIG, _settings(config) | ids)
+    _write(folder / "generation_config.json", ids | {"pad_token_id": end})
+    _write(folder / "tokenizer_config.json", exact | {"model_max_length": config.block_size} | symbols)
+    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS} could not be written ({error})") from None
+
+
+def _settings(config: GPTConfig) -> dict[str, Any]:
+    """What config.json says of a model's shape and computation."""
+    sizes = {"vocab_size": config.vocab_size, "n_positions": config.block_size}
+    sizes |= {name: getattr(config, name) for name in ("n_embd", "n_layer", "n_head")}
+    dropout = {f"{place}_pdrop": config.dropout for place in ("embd", "attn", "resid")}
+    computed = {name: values[0] for name, values in _COMPUTED.items()}
+    return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes, "n_inner": None, **dropout, **computed}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(source: str) -> GPTConfig:

@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def to_dict(self) -> dict[str, Any]: ...
+    def to_json(self) -> str: ...  # the text of a tokenizer.json, in which the package `tokenizers` finds the same ids
 
 
 class CharTokenizer:
@@ -69,6 +70,12 @@ class CharTokenizer:
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "char", "symbols": self.symbols}
 
+    def to_json(self) -> str:
+        """The text of tokenizer.json: words of one character each, of which an unknown one is an error."""
+        one = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        vocab = {c: i for i, c in enumerate(self.symbols)}
+        return _tokenizer_json(one, {"type": "WordLevel", "vocab": vocab, "unk_token": ""}, {"type": "Fuse"})
+
 
 class ByteTokenizer:
     """One token per byte of the UTF-8 text: 256 ids, and no text is foreign to it."""
@@ -86,6 +93,12 @@ class ByteTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "byte"}
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json: byte-pair encoding that joins no pairs."""
+        on_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocab = {c: b for b, c in enumerate(_byte_symbols())}
+        return _tokenizer_json(on_bytes, {"type": "BPE", "vocab": vocab, "merges": []}, on_bytes)
 
 
 class BPETokenizer:
@@ -183,6 +196,18 @@ def _on_bytes(package: Any, model: Any) -> Any:
     bpe.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = package.decoders.ByteLevel()
     return bpe
+
+
+def _tokenizer_json(pre_tokenizer: dict[str, Any], model: dict[str, Any], decoder: dict[str, Any]) -> str:
+    steps = {"pre_tokenizer": pre_tokenizer, "model": model, "decoder": decoder}
+    return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None, **steps})
+
+
+def _byte_symbols() -> list[str]:
+    """The character that stands for each byte in GPT-2's vocabulary: its own where that can be seen, or one from 256 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(b if b in visible else next(others)) for b in range(256)]
 
 
 def parts(text: str, size: int) -> Iterator[str]:

@@ -1,0 +1,121 @@
+"""A trained model as files for other programs, with a card that says what it is."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minigpt import checkpoint, folder, gpt2
+from minigpt.checkpoint import Checkpoint
+from minigpt.tokenizer import Tokenizer
+
+CARD = "README.md"
+_OF_THE_RUN_ONLY = ("preset", "out_dir", "data", "resume", "prove_resume", "profile", "wandb", "rank_timeout", "sample_tokens")
+
+
+def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
+    """Write the model of a run folder, or of a checkpoint file, into the folder `out`, by default one in the run's named `to`.
+
+    The one format is "hf": GPT-2's files as `gpt2.dump` writes them, a model card and the run's curve. The folder is there
+    whole or not at all; ValueError where there is something in it already.
+    """
+    if to != "hf":
+        raise ValueError(f"to={to!r} is not a format; use 'hf'")
+    home = run.parent if run.is_file() else run
+    out = out or home / to
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there already; remove it, or choose another folder with --out-dir")
+    saved = checkpoint.load_run(run)
+    unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        gpt2.dump(saved.config.model(saved.tokenizer.vocab_size), saved.model, saved.tokenizer, unfinished)
+        if (home / folder.CURVE).is_file():
+            shutil.copyfile(home / folder.CURVE, unfinished / folder.CURVE)
+        (unfinished / CARD).write_text(card(saved, folder.read_record(home), (home / folder.CURVE).is_file()), encoding="utf-8")
+        if out.exists():
+            out.rmdir()  # not every system renames over a folder, even an empty one
+        os.rename(unfinished, out)
+    except OSError as error:
+        raise OSError(f"{out} could not be written ({error})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out
+
+
+def card(saved: Checkpoint, record: dict[str, Any], curve: bool) -> str:
+    """The model card, in Markdown, of a checkpoint; `record` is what its run.json says, or nothing."""
+    model = saved.config.model(saved.tokenizer.vocab_size)
+    prompt = repr(_opening(saved.tokenizer))
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gpt2\n- minigpt\n---",
+        f"# {_plain(saved.config.preset)}",
+        f"A GPT of {model.parameter_count():,} parameters, trained from nothing by minigpt, on derivatives written by hand: "
+        f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, a context of {model.block_size} tokens and a "
+        f"vocabulary of {model.vocab_size}. Its files are those of GPT-2.",
+        _table("", "", _facts(saved, record)),
+        f"![Loss, learning rate and gradient norm, step by step]({folder.CURVE})" if curve else "",
+        "## Use",
+        "In transformers, which writes as far as the context goes:",
+        f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this card's, or the name of its repository
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer({prompt}, return_tensors="pt")
+written = model.generate(**prompt, max_new_tokens={max(1, model.block_size // 2)}, do_sample=True, temperature=0.8)
+print(tokenizer.decode(written[0]))
+```""",
+        "In minigpt, `python scripts/generate.py --model .`, or:",
+        f"""```python
+from minigpt import gpt2
+from minigpt.model import GPT
+from minigpt.sampling import Sampling, speak
+
+model, tokenizer = GPT.from_pretrained("."), gpt2.load(".").tokenizer
+print("".join(speak(model, tokenizer, {prompt}, max_tokens=300, num_samples=1, sampling=Sampling())))
+```""",
+        "## Settings",
+        _table("setting", "value", {k: v for k, v in saved.config.to_dict().items() if k not in _OF_THE_RUN_ONLY}),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _facts(saved: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
+    """What became of the run, and what made it; a line for each that is known."""
+    text, versions = record.get("text"), record.get("versions")
+    loss = f"{saved.val_loss:.4f} nats per token" if math.isfinite(saved.val_loss) else "not measured"
+    facts = {
+        "validation loss": loss,
+        "step": f"{saved.step:,} of {saved.config.max_steps:,}",
+        "tokens read": f"{saved.tokens:,}",
+        "text": text.get("source") if isinstance(text, dict) else None,
+        "SHA-256 of the text": saved.text_sha256,
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
+        "commit": record.get("commit"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _opening(tokenizer: Tokenizer) -> str:
+    """A prompt that the tokenizer has words for."""
+    try:
+        tokenizer.encode("ROMEO:")
+    except ValueError:
+        return tokenizer.decode([tokenizer.vocab_size // 2])
+    return "ROMEO:"
+
+
+def _table(left: str, right: str, rows: dict[str, Any]) -> str:
+    lines = [f"| {left} | {right} |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """A value on one line in which Markdown and HTML find nothing of theirs."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", " ".join(str(value).split()))
