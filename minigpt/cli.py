@@ -1,4 +1,4 @@
-"""The command lines: what scripts/train.py, scripts/generate.py and scripts/export.py do."""
+"""The command lines: what the scripts do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minigpt import checkpoint, folder, gpt2
+from minigpt import checkpoint, folder, gpt2, tokens
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
 from minigpt.export import export as write_files
@@ -101,6 +101,39 @@ def generate() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Make tokens of texts of any size, once: a folder to train on with --data."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """UTF-8 texts, compressed ones (.gz), tables (.parquet), and folders of them"""
+    out_dir: Path
+    """the folder to make"""
+    tokenizer: str = "bpe"
+    """char, byte, bpe (trained on these texts), or a model whose tokenizer to use, as for training"""
+    vocab_size: int | None = None
+    """tokens of a bpe tokenizer, by default 1,024"""
+    column: str = "text"
+    """the column of the tables that holds the text"""
+
+
+def prepare() -> None:
+    """Make tokens of texts: `prepare.py texts/ --out-dir data/mine --vocab-size 8192`."""
+    try:
+        args = tyro.cli(Prepare)
+        made = tokens.prepare(args.data, args.out_dir, args.tokenizer, args.vocab_size, args.column)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {args.out_dir} was not made")
+    print(
+        f"{made.source}: {made.characters:,} characters, SHA-256 {made.sha256[:12]}…\n"
+        f"{len(made.ids):,} tokens of a vocabulary of {made.tokenizer.vocab_size:,} are in {made.path}, "
+        f"{made.ids.nbytes / 1e6:,.1f} MB\n"
+        f"to train on them: python scripts/train.py --data {shlex.quote(str(made.path))}"
+    )
 
 
 @dataclass(frozen=True)

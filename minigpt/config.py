@@ -67,11 +67,21 @@ class TrainConfig:
     out_dir: Path | None = None
     """folder of the run; by default runs/PRESET, or the next free runs/PRESET-2, -3, …"""
     data: Path | None = None
-    """any UTF-8 text file to train on; by default Tiny Shakespeare, fetched once into data/"""
+    """what to train on: any UTF-8 text file, also compressed (.gz), or a folder that `minigpt prepare` made; by default Tiny
+    Shakespeare, fetched once into data/"""
     source: Literal["tiny", "complete"] = "tiny"
     """which Shakespeare to fetch: tiny (1.1 MB) or complete (all the plays, 5 MB)"""
-    tokenizer: Literal["char", "byte"] = "char"
-    """one token per character of the text, or per byte"""
+    tokenizer: str | None = None
+    """one token per character of the text (char), per byte (byte), or per frequent piece of a word (bpe, trained on the text);
+    or a model whose tokenizer to use, as a folder or a name on the Hugging Face hub (gpt2). By default that of prepared tokens
+    or of --init-from, otherwise char"""
+    vocab_size: int | None = None
+    """tokens of a bpe tokenizer, by default 1,024"""
+    val_share: float = 0.1
+    """share of the text, its end, that is kept for validation"""
+    init_from: str | None = None
+    """weights to begin with: GPT-2's from a folder or the Hugging Face hub (gpt2, gpt2-medium, …), or those of a run's folder;
+    the model then has their shape, with a block_size that may be smaller"""
 
     n_layer: int = 6
     """transformer blocks"""
@@ -148,6 +158,7 @@ class TrainConfig:
             ("lr", 0, 1e35),  # times a weight's largest step, a few, this is still a float32
             ("min_lr", 0, math.inf),
             ("weight_decay", 0, math.inf),
+            ("val_share", 0, 1),
             ("beta1", 0, 1),
             ("beta2", 0, 1),
         ):
@@ -159,6 +170,10 @@ class TrainConfig:
             self, **{name: 1 for name in ("threads", "shards", "save_interval", "profile") if getattr(self, name) is not None}
         )
         self.model(vocab_size=1)
+        _require(
+            self.vocab_size is None or self.tokenizer == "bpe",
+            f"vocab_size={self.vocab_size} is for tokenizer='bpe'; any other brings its own",
+        )
         _require(
             self.precision == "fp32" or self.device == "cuda",
             f"precision={self.precision!r} needs device='cuda'; the CPU computes in fp32",
@@ -175,7 +190,7 @@ class TrainConfig:
 
     def model(self, vocab_size: int) -> GPTConfig:
         """The model of this run for a vocabulary."""
-        shared = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(self)}
+        shared = {f.name for f in fields(GPTConfig)} & {f.name for f in fields(self)} - {"vocab_size"}
         return GPTConfig(vocab_size, **{name: getattr(self, name) for name in sorted(shared)})
 
     def resolved_shards(self) -> int:

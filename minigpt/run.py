@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import tinytensor as tt
-from minigpt import checkpoint, facts, folder
+from minigpt import checkpoint, facts, folder, start
 from minigpt.checkpoint import Checkpoint, CheckpointError
 from minigpt.config import TrainConfig
-from minigpt.corpus import Corpus, load_corpus, read_text
+from minigpt.corpus import Corpus
 from minigpt.curve import plot
 from minigpt.distributed import ranks
+from minigpt.tokens import TokenFile
 from minigpt.tracking import Quiet, Tracker, duration
 from minigpt.trainer import Trainer
 from tinytensor import parallel
 from tinytensor.inspect import profile
-
-DATA = Path("data")
 
 
 class Stopped(Exception):
@@ -38,14 +37,17 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
     """
     tt.backend.xp_for(config.device)
     with parallel.limited(config.threads or parallel.cpu_threads()), ranks(config.device, config.rank_timeout) as job:
-        corpus = job.first(lambda: read_text(config.data) if config.data else load_corpus(config.source, DATA))
+        corpus = job.first(lambda: start.text(config))
         out_dir = job.first(lambda: folder.to_resume(config) if config.resume else folder.fresh(config))
         if config.resume:
             saved = saved or checkpoint.load_newest(out_dir)
             _check_resumable(out_dir, saved, config, corpus)
+            pretrained = None
+        else:
+            config, pretrained = job.first(lambda: start.weights(config, corpus))
         profiled = config.profile
         config = replace(config, out_dir=out_dir, resume=False, shards=config.resolved_shards(), profile=None)
-        trainer = Trainer(config, corpus, out_dir, saved, job)
+        trainer = Trainer(config, corpus, out_dir, saved, job, pretrained)
         with trainer.stop:
             if job.rank:
                 finished = trainer.step >= config.max_steps or trainer.train(Quiet())
@@ -73,13 +75,11 @@ def _report(trainer: Trainer, profiled: int) -> bool:
     title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {trainer.corpus.source}"
     plot(out_dir / folder.METRICS, out_dir / folder.CURVE, title)
     if finished:
-        text = trainer.corpus.text
-        opening = "ROMEO:" if not set("ROMEO:") - set(text) else text.split(maxsplit=1)[0]
         where = "" if out_dir.parent == folder.RUNS else f" --run {shlex.quote(str(out_dir))}"
         tracker.say(
             f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
             f"model, metrics, curve and samples are in {out_dir}\n"
-            f"more verse: python scripts/generate.py{where} --prompt {shlex.quote(opening)}"
+            f"more verse: python scripts/generate.py{where} --prompt {shlex.quote(trainer.corpus.opening)}"
         )
     else:
         tracker.say(
@@ -193,9 +193,10 @@ def header(trainer: Trainer) -> dict[str, str]:
     config, model, corpus = trainer.config, trainer.model.config, trainer.corpus
     works = f"{trainer.threads} threads" if config.device == "cpu" else f"{facts.gpu()}, {config.precision}"
     works += f" on each of {trainer.ranks.size} ranks" if trainer.ranks.size > 1 else ""
+    tokens = len(trainer.data.train) + len(trainer.data.val)
     return {
         "run": f"{config.preset} → {trainer.out_dir}" + (f", resumed at step {trainer.step}" if trainer.step else ""),
-        "text": f"{corpus.source}, {len(corpus.text):,} characters, SHA-256 {corpus.sha256[:12]}…",
+        "text": f"{corpus.source}, {corpus.characters:,} characters, {tokens:,} tokens, SHA-256 {corpus.sha256[:12]}…",
         "model": f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, context {model.block_size}, "
         f"vocabulary {model.vocab_size}: {model.parameter_count():,} parameters",
         "step": f"{config.micro_batch} × {config.accumulation} sequences = {config.tokens_per_step:,} tokens, "
@@ -204,14 +205,11 @@ def header(trainer: Trainer) -> dict[str, str]:
     }
 
 
-def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corpus: Corpus) -> None:
+def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corpus: Corpus | TokenFile) -> None:
     """A resumed run keeps its model, its tokenizer and its text."""
-    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer")
-    changed = [
-        f"{n} {getattr(saved.config, n)} → {getattr(config, n)}"
-        for n in names
-        if getattr(saved.config, n) != getattr(config, n)
-    ]
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "vocab_size", "val_share", "init_from")
+    pairs = [(name, getattr(saved.config, name), getattr(config, name)) for name in names]
+    changed = [f"{name} {before} → {now}" for name, before, now in pairs if now not in (None, before)]
     if changed:
         raise CheckpointError(
             f"{out_dir} cannot go on with another model ({', '.join(changed)}); drop those flags or start a new run"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+
+from minigpt import hub
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the token that parts documents
 BPE_VOCAB_SIZE = 1024
@@ -18,6 +21,8 @@ _PART, _GROUP = 1 << 16, 64  # characters that one core encodes at a time, and p
 class Tokenizer(Protocol):
     """What the model needs of a tokenizer; `to_dict` is what a checkpoint stores."""
 
+    @property
+    def kind(self) -> str: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -31,7 +36,7 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """One token per character; ids follow the sorted order of the symbols."""
 
-    end_of_text = None
+    kind, end_of_text = "char", None
 
     def __init__(self, symbols: str) -> None:
         if not symbols or len(set(symbols)) != len(symbols):
@@ -42,9 +47,9 @@ class CharTokenizer:
         self._ids[points] = np.arange(len(symbols))
 
     @classmethod
-    def from_text(cls, text: str) -> Self:
-        """The tokenizer of all characters in a text."""
-        return cls("".join(sorted(set(text))))
+    def from_text(cls, text: Iterable[str]) -> Self:
+        """The tokenizer of all characters in a text, or in pieces of texts."""
+        return cls("".join(sorted(set(chain.from_iterable(text)))))
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +73,7 @@ class CharTokenizer:
         return "".join(self.symbols[i] for i in ids)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "char", "symbols": self.symbols}
+        return {"kind": self.kind, "symbols": self.symbols}
 
     def to_json(self) -> str:
         """The text of tokenizer.json: words of one character each, of which an unknown one is an error."""
@@ -80,8 +85,7 @@ class CharTokenizer:
 class ByteTokenizer:
     """One token per byte of the UTF-8 text: 256 ids, and no text is foreign to it."""
 
-    vocab_size = 256
-    end_of_text = None
+    kind, vocab_size, end_of_text = "byte", 256, None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids."""
@@ -92,7 +96,7 @@ class ByteTokenizer:
         return bytes(map(int, ids)).decode("utf-8", "replace")  # bytes(array) would be the memory of an array
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "byte"}
+        return {"kind": self.kind}
 
     def to_json(self) -> str:
         """The text of tokenizer.json: byte-pair encoding that joins no pairs."""
@@ -108,6 +112,8 @@ class BPETokenizer:
     (Sennrich et al., "Neural machine translation of rare words with subword units", 2016; on bytes: Radford et al. 2019.)
     """
 
+    kind = "bpe"
+
     def __init__(self, tokenizer_json: str) -> None:
         package = _tokenizers()
         try:
@@ -119,7 +125,8 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = BPE_VOCAB_SIZE) -> Self:
-        """The tokenizer of the pieces most frequent in some texts: the 256 bytes, vocab_size − 257 pieces, and END_OF_TEXT."""
+        """The tokenizer of the pieces most frequent in some texts: END_OF_TEXT, the 256 bytes, and the pieces, as far as there
+        are so many, that make `vocab_size` tokens."""
         if not 257 <= vocab_size < 2**31:
             raise ValueError(f"vocab_size={vocab_size} must be at least 257: the 256 bytes and {END_OF_TEXT}")
         package = _tokenizers()
@@ -179,7 +186,7 @@ class BPETokenizer:
         return self._bpe.to_str()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "bpe", "tokenizer": json.loads(self.to_json())}
+        return {"kind": self.kind, "tokenizer": json.loads(self.to_json())}
 
 
 def _tokenizers() -> Any:
@@ -230,13 +237,20 @@ def cut(text: str, low: int, high: int) -> int:
     return 0
 
 
-def make_tokenizer(kind: str, text: str, vocab_size: int | None = None) -> Tokenizer:
-    """A tokenizer of a kind ("char", "byte", "bpe") for a text; vocab_size is for "bpe"."""
-    if kind == "char":
-        return CharTokenizer.from_text(text)
-    if kind == "bpe":
-        return BPETokenizer.train([text], vocab_size or BPE_VOCAB_SIZE)
-    return from_dict({"kind": kind})
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer "char" or "byte"; "bpe", trained on pieces of texts to `vocab_size` tokens; or that of a model, by the name
+    of its folder or its repository on the Hugging Face hub ("gpt2").
+    """
+    match kind:
+        case "char":
+            return CharTokenizer.from_text(texts)
+        case "byte":
+            return ByteTokenizer()
+        case "bpe":
+            return BPETokenizer.train(texts, vocab_size or BPE_VOCAB_SIZE)
+    if (path := hub.find(kind, "tokenizer.json")) is None:
+        raise ValueError(f"{kind} has no tokenizer.json; use char, byte, bpe, or a model with one")
+    return BPETokenizer.from_file(path)
 
 
 def from_dict(state: dict[str, Any]) -> Tokenizer:

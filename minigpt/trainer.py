@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ from minigpt.config import TrainConfig
 from minigpt.corpus import Corpus
 from minigpt.data import Dataset
 from minigpt.distributed import Ranks
+from minigpt.gpt2 import Pretrained
 from minigpt.model import GPT
 from minigpt.sampling import Sampling, generate
 from minigpt.schedule import warmup_cosine
 from minigpt.signals import StopRequest
-from minigpt.tokenizer import make_tokenizer
+from minigpt.tokens import TokenFile
 from minigpt.tracking import Quiet
 from tinytensor import backend, optim, parallel, random
 from tinytensor.backend import Array
@@ -50,15 +52,18 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        corpus: Corpus,
+        corpus: Corpus | TokenFile,
         out_dir: Path,
         resumed: Checkpoint | None = None,
         ranks: Ranks | None = None,
+        pretrained: Pretrained | None = None,
     ) -> None:
+        before = resumed or pretrained
+        self.tokenizer, ids = corpus.tokens(config, before.tokenizer if before else None)
+        config = replace(config, tokenizer=config.tokenizer or self.tokenizer.kind)
         self.config, self.corpus, self.out_dir = config, corpus, out_dir
         self.ranks, self.stop = ranks or Ranks(), StopRequest()
-        self.tokenizer = resumed.tokenizer if resumed else make_tokenizer(config.tokenizer, corpus.text)
-        self.data = Dataset(self.tokenizer.encode(corpus.text), config.block_size).to(config.device)
+        self.data = Dataset(ids, config.block_size, config.val_share).to(config.device)
         self.shards = config.resolved_shards()
         parts = config.accumulation * self.shards
         self.mine = self.ranks.share(parts)
@@ -71,7 +76,8 @@ class Trainer:
         self.side_by_side = min(cores, len(self.mine))
         self.threads = cores if parts == 1 else self.side_by_side  # a single shard leaves the cores to BLAS
         with random.scope(config.seed):
-            self.model = GPT(config.model(self.tokenizer.vocab_size)).to(config.device)
+            shape = config.model(self.tokenizer.vocab_size)
+            self.model = (GPT.from_weights(shape, pretrained.weights) if pretrained else GPT(shape)).to(config.device)
         self.optimizer = optim.AdamW(
             self.model.parameter_groups(config.weight_decay), lr=config.lr, betas=(config.beta1, config.beta2)
         )

@@ -12,6 +12,7 @@ import pytest
 from minigpt.checkpoint import BEST, LAST, CheckpointError, load
 from minigpt.config import TrainConfig
 from minigpt.corpus import Corpus
+from minigpt.run import run
 from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
 
@@ -56,6 +57,21 @@ def corpus(text: str) -> Corpus:
 def trainer(out_dir: Path = Path("nowhere"), **changes: Any) -> Trainer:
     """A trainer of the small text; it writes nothing until it saves."""
     return Trainer(replace(TINY, **changes), corpus(verse()), out_dir)
+
+
+def interrupted(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch, during: str = "train_step") -> Path:
+    """The run as far as its step `step`, at which it is killed."""
+    method = getattr(Trainer, during)
+
+    def killed(self: Trainer, *args: Any) -> Any:
+        if self.step == step:
+            raise KeyboardInterrupt
+        return method(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, during, killed)
+        run(config)
+    return Path("runs/tiny") if config.out_dir is None else config.out_dir
 
 
 def distance(ours: Any, theirs: Any) -> float:

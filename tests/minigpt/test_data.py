@@ -69,7 +69,7 @@ def test_validation_covers_every_target_once(tokens: int, block: int, rows: int)
 def test_the_first_nine_tenths_are_for_training() -> None:
     data = Dataset(IDS, 8)
     assert (data.train.tolist(), data.val.tolist()) == (list(range(900)), list(range(900, 1000)))
-    assert len(Dataset(IDS, 8, train_share=0.5).train) == 500
+    assert len(Dataset(IDS, 8, val_share=0.5).train) == 500
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 """Text to ids and back: every text that goes in comes out."""
 
 import json
+import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minigpt import tokenizer
-from minigpt.tokenizer import ByteTokenizer, CharTokenizer, make_tokenizer
+from minigpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, make_tokenizer, parts
+from tests.minigpt.small import verse
 
 ANY = st.text(st.characters())  # surrogates included: Python strings may hold them
 UTF8 = st.text(st.characters(exclude_categories=["Cs"]))
@@ -106,5 +111,69 @@ def test_unknown_kinds_are_refused() -> None:
     for state in ({"kind": "word"}, {}):
         with pytest.raises(ValueError, match=r"is not known; use 'char', 'byte' or 'bpe'"):
             tokenizer.from_dict(state)
-    with pytest.raises(ValueError, match=r"tokenizer kind 'word' is not known"):
-        make_tokenizer("word", "text")
+    with pytest.raises(ValueError, match=r"there is no folder no/such/model"):
+        make_tokenizer("no/such/model", "text")
+
+
+@pytest.fixture(scope="module")
+def pieces() -> BPETokenizer:
+    return BPETokenizer.train([verse()], vocab_size=400)
+
+
+@given(text=UTF8 | st.text(st.sampled_from("ab 1'!\n\r\t\x1c\u00a0\u2028é😀"), max_size=200))
+def test_any_text_comes_back_from_pieces_of_words(pieces: BPETokenizer, text: str) -> None:
+    ids = pieces.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert pieces.decode(ids) == text
+    assert not text or 0 <= ids.min() <= ids.max() < pieces.vocab_size
+
+
+@given(text=st.text(st.sampled_from("abc 1'!\n\r\t\x1c\u00a0\u2028é😀"), max_size=80), size=st.integers(1, 20))
+def test_cutting_a_text_where_a_word_begins_leaves_its_tokens(pieces: BPETokenizer, text: str, size: int) -> None:
+    """Wherever there is such a place; elsewhere the text still comes back."""
+    cuts = list(parts(text, size))
+    assert "".join(cuts) == text
+    assert all(len(part) <= size for part in cuts)
+    if all(later[0] in " \n" and not later[1:2].isspace() and later[1:2] for later in cuts[1:]):
+        assert [i for part in cuts for i in pieces.encode(part)] == pieces.encode(text).tolist()
+
+
+def test_a_long_text_has_the_tokens_that_the_package_gives_it_whole(pieces: BPETokenizer) -> None:
+    text = verse(4000)
+    assert len(list(parts(text, tokenizer._PART))) > 1
+    whole = tokenizers.Tokenizer.from_str(pieces.to_json()).encode(text, add_special_tokens=False).ids
+    assert pieces.encode(text).tolist() == whole
+    assert len(whole) < len(text) / 3
+
+
+def test_the_end_of_a_text_is_a_token_of_its_own(pieces: BPETokenizer) -> None:
+    assert 300 < pieces.vocab_size <= 400
+    assert pieces.decode([pieces.end_of_text]) == tokenizer.END_OF_TEXT
+    assert pieces.encode(f"a{tokenizer.END_OF_TEXT}b").tolist().count(pieces.end_of_text) == 1
+    assert pieces.end_of_text not in pieces.encode(verse())
+
+
+def test_pieces_survive_json_copying_and_other_processes(pieces: BPETokenizer) -> None:
+    for again in (tokenizer.from_dict(json.loads(json.dumps(pieces.to_dict()))), pickle.loads(pickle.dumps(pieces))):
+        assert again.to_dict() == pieces.to_dict()
+        assert again.encode(verse()).tolist() == pieces.encode(verse()).tolist()
+
+
+@pytest.mark.parametrize("size", [0, 256, 2**31])
+def test_a_vocabulary_must_hold_the_bytes(size: int) -> None:
+    with pytest.raises(ValueError, match=f"vocab_size={size} must be at least 257"):
+        BPETokenizer.train(["text"], size)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]"])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: "):
+        BPETokenizer.from_file(path)
+
+
+def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(RuntimeError, match=r'needs the package tokenizers .*; pip install -e "\.\[hf\]"'):
+        make_tokenizer("bpe", ["text"])

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from minigpt import checkpoint, corpus
+from minigpt import checkpoint, corpus, start
 from minigpt import run as run_module
 from minigpt.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, load
 from minigpt.config import TrainConfig
@@ -20,7 +20,7 @@ from minigpt.run import run
 from minigpt.schedule import warmup_cosine
 from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
-from tests.minigpt.small import TINY, record, trainer, verse
+from tests.minigpt.small import TINY, interrupted, record, trainer, verse
 
 KEYS = ["step", "train_loss", "val_loss", "lr", "grad_norm", "tokens", "seconds", "skipped"]
 
@@ -86,21 +86,6 @@ def test_the_curve_is_drawn(config: TrainConfig, monkeypatch: pytest.MonkeyPatch
     assert pixels.shape[0] > 400
     assert pixels.shape[1] > 600
     assert 0.005 < (pixels != pixels[0, 0]).any(axis=-1).mean() < 0.5
-
-
-def interrupted(config: TrainConfig, step: int, monkeypatch: pytest.MonkeyPatch, during: str = "train_step") -> Path:
-    """The run as far as its step `step`, at which it is killed."""
-    method = getattr(Trainer, during)
-
-    def killed(self: Trainer, *args: Any) -> Any:
-        if self.step == step:
-            raise KeyboardInterrupt
-        return method(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, during, killed)
-        run(config)
-    return Path("runs/tiny") if config.out_dir is None else config.out_dir
 
 
 @pytest.mark.parametrize(
@@ -176,7 +161,7 @@ def test_what_is_given_on_resume_counts(config: TrainConfig) -> None:
     )
     run(changed)
     saved = load(out_dir / LAST)
-    assert saved.config == replace(changed, resume=False, out_dir=out_dir)
+    assert saved.config == replace(changed, resume=False, out_dir=out_dir, tokenizer="char")
     assert [group["weight_decay"] for group in saved.optimizer["param_groups"]] == [0.5, 0.0]
     assert all(list(group["betas"]) == [0.5, 0.75] for group in saved.optimizer["param_groups"])
     assert read_metrics(out_dir / "metrics.jsonl")[-1]["tokens"] == 6 * 48 + 3 * 24
@@ -186,7 +171,7 @@ def test_what_is_given_on_resume_counts(config: TrainConfig) -> None:
 def test_the_settings_of_a_run_are_what_flags_change(config: TrainConfig) -> None:
     out_dir = run(replace(config, lr=5e-3))
     saved = load(out_dir / LAST)
-    assert saved.config == replace(config, lr=5e-3, out_dir=out_dir)
+    assert saved.config == replace(config, lr=5e-3, out_dir=out_dir, tokenizer="char")
     moved = out_dir.rename("runs/tiny-7")
     assert to_resume(replace(TINY, resume=True)) == moved
 
@@ -280,7 +265,7 @@ def test_shards_are_settled_when_a_run_begins(config: TrainConfig, monkeypatch: 
     [
         ({"data": Path("none.txt")}, r"cannot read none\.txt"),
         ({"block_size": 10**5}, r"block_size=100000 needs more than 100000"),
-        ({"tokenizer": "word"}, r"tokenizer kind 'word' is not known"),
+        ({"tokenizer": "a/b/c"}, r"there is no folder a/b/c"),
         ({"device": "gpu"}, r"gpu"),
         ({"resume": True}, r"no run of preset tiny with a checkpoint below runs/"),
         ({"resume": True, "out_dir": Path("none")}, r"none holds no checkpoint to resume"),
@@ -384,7 +369,7 @@ def test_the_default_text_is_fetched_by_name(config: TrainConfig, monkeypatch: p
         asked.append((source, folder))
         return corpus.read_text(Path("verse.txt"))
 
-    monkeypatch.setattr(run_module, "load_corpus", fetched)
+    monkeypatch.setattr(start, "load_corpus", fetched)
     run(replace(config, data=None, source="complete"))
     assert asked == [("complete", Path("data"))]
 
