@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -14,7 +15,8 @@ from minigpt.checkpoint import Checkpoint
 from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
-_OF_THE_RUN_ONLY = ("preset", "out_dir", "data", "resume", "prove_resume", "profile", "wandb", "rank_timeout", "sample_tokens")
+# of the settings, those that the card tells in other words, and those that made no difference to the model
+_LEFT_OUT = {"preset", "data", "source", "out_dir", "resume", "prove_resume", "profile", "wandb", "rank_timeout"}
 
 
 def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
@@ -50,13 +52,12 @@ def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
 def card(saved: Checkpoint, record: dict[str, Any], curve: bool) -> str:
     """The model card, in Markdown, of a checkpoint; `record` is what its run.json says, or nothing."""
     model = saved.config.model(saved.tokenizer.vocab_size)
-    prompt = repr(_opening(saved.tokenizer))
+    prompt = json.dumps(_opening(saved.tokenizer), ensure_ascii=False)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gpt2\n- minigpt\n---",
         f"# {_plain(saved.config.preset)}",
-        f"A GPT of {model.parameter_count():,} parameters, trained from nothing by minigpt, on derivatives written by hand: "
-        f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, a context of {model.block_size} tokens and a "
-        f"vocabulary of {model.vocab_size}. Its files are those of GPT-2.",
+        f"A GPT of {model.parameter_count():,} parameters, with a vocabulary of {model.vocab_size:,} tokens and a context of "
+        f"{model.block_size:,}, trained by minigpt. Its files have GPT-2's names and shapes.",
         _table("", "", _facts(saved, record)),
         f"![Loss, learning rate and gradient norm, step by step]({folder.CURVE})" if curve else "",
         "## Use",
@@ -68,7 +69,7 @@ folder = "."  # this card's, or the name of its repository
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 prompt = tokenizer({prompt}, return_tensors="pt")
-written = model.generate(**prompt, max_new_tokens={max(1, model.block_size // 2)}, do_sample=True, temperature=0.8)
+written = model.generate(**prompt, max_length={model.block_size}, do_sample=True, temperature=0.8)
 print(tokenizer.decode(written[0]))
 ```""",
         "In minigpt, `python scripts/generate.py --model .`, or:",
@@ -77,11 +78,12 @@ from minigpt import gpt2
 from minigpt.model import GPT
 from minigpt.sampling import Sampling, speak
 
-model, tokenizer = GPT.from_pretrained("."), gpt2.load(".").tokenizer
-print("".join(speak(model, tokenizer, {prompt}, max_tokens=300, num_samples=1, sampling=Sampling())))
+found = gpt2.load(".")
+model = GPT.from_weights(found.config, found.weights).for_sampling()
+print("".join(speak(model, found.tokenizer, {prompt}, max_tokens=300, num_samples=1, sampling=Sampling())))
 ```""",
         "## Settings",
-        _table("setting", "value", {k: v for k, v in saved.config.to_dict().items() if k not in _OF_THE_RUN_ONLY}),
+        _table("setting", "value", {k: v for k, v in saved.config.to_dict().items() if k not in _LEFT_OUT}),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -118,4 +120,4 @@ def _table(left: str, right: str, rows: dict[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     """A value on one line in which Markdown and HTML find nothing of theirs."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", " ".join(str(value).split()))

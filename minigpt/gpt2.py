@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ _COMPUTED = {  # the settings that change the numbers, with the values that this
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -45,10 +47,9 @@ class Pretrained(NamedTuple):
         """Without the rows of wte beyond the tokenizer's last id, which only pad it: so that none of them is ever drawn."""
         if self.tokenizer is None or self.tokenizer.vocab_size == self.config.vocab_size:
             return self
-        config = replace(self.config, vocab_size=self.tokenizer.vocab_size)
-        return self._replace(
-            config=config, weights=self.weights | {"wte.weight": self.weights["wte.weight"][: config.vocab_size]}
-        )
+        rows = self.tokenizer.vocab_size
+        weights = self.weights | {"wte.weight": self.weights["wte.weight"][:rows]}
+        return self._replace(config=replace(self.config, vocab_size=rows), weights=weights)
 
 
 def load(source: str | Path, dropout: float = 0.0) -> Pretrained:
@@ -72,9 +73,7 @@ def load(source: str | Path, dropout: float = 0.0) -> Pretrained:
         )
     weights = {name: places[name].read() for name in shapes}
     if HEAD in places and not np.array_equal(places[HEAD].read(), weights["wte.weight"], equal_nan=True):
-        raise ValueError(
-            f"{source}: {HEAD} is not wte.weight, but here the head is always tied to it; use a model that ties it"
-        )
+        raise ValueError(f"{source}: {HEAD} is not wte.weight, as it always is here; use a model with tied embeddings")
     return Pretrained(config, {name: a.T if _turned(name) else a for name, a in weights.items()}, tokenizer)
 
 
@@ -185,8 +184,8 @@ def _places(source: str) -> dict[str, _Place]:
 def _shards(source: str, index: Path) -> dict[str, _Place]:
     """The tensors of the shards that an index names."""
     files = _object(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) and Path(file).name == file for file in files.values()):
-        raise ValueError(f"{index}: weight_map does not name a file beside it for each tensor; fetch it again")
+    if not isinstance(files, dict) or not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in files.values()):
+        raise ValueError(f"{index}: weight_map does not name a safetensors file beside it for each tensor; fetch it again")
     headers = {}
     for file in sorted(set(files.values())):
         shard = hub.find(source, file)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # gpt2, or owner/name
 
@@ -17,31 +16,30 @@ def find(source: str, name: str) -> Path | None:
     file. What keeps the answer from being known is one sentence: ValueError for a source that is neither, or is closed to us,
     OSError for a hub that cannot be reached, RuntimeError where huggingface_hub is not installed.
     """
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     if folder.exists():
         raise ValueError(f"{source} is a file; name the folder that it is in, {folder.parent}")
     if not _REPOSITORY.fullmatch(source):
         raise ValueError(f"there is no folder {source}; name one, or a repository of the Hugging Face hub such as gpt2")
+    return _fetch(source, name)
+
+
+def _fetch(source: str, name: str) -> Path | None:
     try:
-        import huggingface_hub
+        from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
     except ImportError as error:
         needs = f'to look for it on the hub needs the package huggingface_hub ({error}); pip install -e ".[hf]"'
         raise RuntimeError(f"there is no folder {source}, and {needs}") from None
-    return _fetch(huggingface_hub, source, name)
-
-
-def _fetch(package: Any, source: str, name: str) -> Path | None:
-    errors = package.errors
     try:
-        known = package.try_to_load_from_cache(source, name)
+        known = try_to_load_from_cache(source, name)
         if known is None:
-            return Path(package.hf_hub_download(source, name))
+            return Path(hf_hub_download(source, name))
         return Path(known) if isinstance(known, str) else None  # what is no path stands for a file that was asked for in vain
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
-            f"{source} is no folder, the hub's cache does not have its {name}, and {package.constants.ENDPOINT} does not "
+            f"{source} is no folder, the hub's cache does not have its {name}, and {constants.ENDPOINT} does not "
             f"answer ({_first_line(error.__cause__ or error)}); connect to the network, or name a folder"
         ) from None
     except errors.EntryNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -195,6 +196,24 @@ def test_load_state_dict_that_is_not_strict() -> None:
         net.load_state_dict({"scale": np.ones(2)}, strict=False)
 
 
+def test_load_state_dict_may_take_the_arrays_themselves() -> None:
+    net = Net()
+    net(tt.tensor([0, 1])).sum().backward()
+    state = {k: v + 1 for k, v in net.state_dict().items()}
+    state["scale"] = state["scale"].astype(np.float64)
+    net.load_state_dict(state, assign=True)
+    for name, p in net.named_parameters():
+        assert (p.data is state[name]) == (name != "scale")
+        assert p.dtype == np.float32
+        assert p.grad is None
+        np.testing.assert_array_equal(p.data, state[name])
+    assert net.head.weight is net.wte.weight
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\)"):
+        net.load_state_dict(state | {"scale": np.ones(2)}, assign=True)
+    net(tt.tensor([0, 1])).sum().backward()
+    assert net.scale.grad is not None
+
+
 def test_loading_after_a_forward_pass_spoils_its_gradient() -> None:
     net = Net().eval()
     loss = net(tt.tensor([0, 1])).sum()
@@ -299,6 +318,24 @@ def test_initial_weights_follow_the_seed_and_not_the_dtype() -> None:
     single = nn.Embedding(4, 2).weight.data
     tt.manual_seed(3)
     np.testing.assert_array_equal(nn.Embedding(4, 2, dtype="float64").weight.data.astype(np.float32), single)
+
+
+def test_initial_values_can_be_left_out_in_this_thread() -> None:
+    x = tt.zeros(3, 2)
+    seen: list[bool] = []
+    with nn.init.skip():
+        for left_out in (nn.init.normal_, nn.init.uniform_, nn.init.xavier_uniform_, nn.init.kaiming_normal_):
+            assert left_out(x) is x and not x.data.any()
+        other = threading.Thread(target=lambda: seen.append(bool(nn.init.normal_(tt.zeros(2)).data.all())))
+        other.start()
+        other.join()
+    assert seen == [True]
+    tt.manual_seed(3)
+    with nn.init.skip():
+        nn.Linear(2, 3)
+    drawn = nn.Embedding(4, 2).weight.data
+    tt.manual_seed(3)
+    np.testing.assert_array_equal(nn.Embedding(4, 2).weight.data, drawn)  # what is left out uses up no random numbers
 
 
 def test_initialising_is_a_write() -> None:
