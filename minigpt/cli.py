@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minigpt import checkpoint, folder
+from minigpt import checkpoint, facts, folder
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
 from minigpt.run import Stopped, run
@@ -40,7 +40,7 @@ def train() -> None:
             own = replace(saved.config, out_dir=out_dir, resume=True)
             config = tyro.cli(TrainConfig, default=own, args=args, description=description)
         elif config.preset != preset:
-            raise ValueError(f"--preset only names a run; for its settings write: python scripts/train.py {config.preset}")
+            raise ValueError(f"--preset only names a run; for its settings write: {facts.command('train')} {config.preset}")
         run(config, saved)
     except Stopped:
         sys.exit(STOPPED)

@@ -79,12 +79,12 @@ def _report(trainer: Trainer, profiled: int) -> bool:
         tracker.say(
             f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
             f"model, metrics, curve and samples are in {out_dir}\n"
-            f"more verse: python scripts/generate.py{where} --prompt {shlex.quote(opening)}"
+            f"more verse: {facts.command('generate')}{where} --prompt {shlex.quote(opening)}"
         )
     else:
         tracker.say(
             f"stopped by {_stopper(trainer)} after step {trainer.step}, which is saved in {out_dir}\n"
-            f"to go on: python scripts/train.py {config.preset} --resume --out-dir {shlex.quote(str(out_dir))}"
+            f"to go on: {facts.command('train')} {config.preset} --resume --out-dir {shlex.quote(str(out_dir))}"
         )
     return finished
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minigpt.facts import command
 from minigpt.folder import METRICS, SAMPLES, write
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Tracker(Quiet):
         measured = f"measured on {len(self._durations)} steps"
         self.console.print(f"[dim]about {duration(left)} to go and the evaluations, {measured}[/dim]")
         if left > 2 * 3600:
-            self.console.print("[yellow]for verse within minutes: python scripts/train.py quick[/yellow]")
+            self.console.print(f"[yellow]for verse within minutes: {command('train')} quick[/yellow]")
 
     def sample(self, step: int, text: str) -> None:
         if not text:

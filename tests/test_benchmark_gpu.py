@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py gpu`, tiny, on CuPy's stand-in, with PyTorch on the CPU: all of it runs, and checks can fail."""
+"""`minigpt benchmark gpu`, tiny, on CuPy's stand-in, with PyTorch on the CPU: all of it runs, and checks can fail."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_launches, gpu_speed, gpu_training
-from benchmarks.gpu_checks import Check, Sizes
-from benchmarks.gpu_speed import COMPILED, EAGER, OURS, Plan, Session
-from benchmarks.suite import Report
+from minigpt.benchmarks import gpu, gpu_checks, gpu_launches, gpu_speed, gpu_training
+from minigpt.benchmarks.gpu_checks import Check, Sizes
+from minigpt.benchmarks.gpu_speed import COMPILED, EAGER, OURS, Plan, Session
+from minigpt.benchmarks.suite import Report
 from minigpt.config import GPTConfig, TrainConfig
 from tests.cuda.conftest import cuda  # noqa: F401  (the fixture)
 from tests.cuda.standin import device
@@ -463,8 +463,8 @@ def test_bars(value: float | None, limit: float, expected: str) -> None:
 
 def test_the_tokens_are_the_same_for_all(gpu_in_reach: ModuleType) -> None:
     """And the micro-step's gradient is made anew each time."""
-    from benchmarks.ours import DeviceStep
-    from benchmarks.theirs import TorchStep
+    from minigpt.benchmarks.ours import DeviceStep
+    from minigpt.benchmarks.theirs import TorchStep
 
     model = {**MODEL, "dropout": 0.0}
     ours, theirs = DeviceStep(model, 2, "fp32"), TorchStep(model, 2, "fp32", device="cpu")

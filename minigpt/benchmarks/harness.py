@@ -21,12 +21,12 @@ from typing import Any
 
 from minigpt.facts import peak_memory
 
-ROOT = Path(__file__).resolve().parent.parent
+HOME = Path(__file__).resolve().parents[2]  # the folder that this minigpt is imported from
 
 
 @dataclass
 class Peer:
-    """One contender: `benchmarks.MODULE:FUNCTION` called with `arguments`."""
+    """One contender: `minigpt.benchmarks.MODULE:FUNCTION` called with `arguments`."""
 
     name: str
     target: str
@@ -89,12 +89,16 @@ def ratios(ours: Result, theirs: Result) -> list[float]:
     return [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
 
 
+def child(*arguments: str) -> dict[str, Any]:
+    """What subprocess takes to start a Python that imports this minigpt, whatever lies in the working directory."""
+    path = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"args": [sys.executable, "-P", *arguments], "env": {**os.environ, "PYTHONPATH": path}}
+
+
 def _start(peer: Peer) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **peer.environment}
-    command = [sys.executable, "-m", "benchmarks.harness", peer.target, json.dumps(peer.arguments)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT
-    )
+    process = child("-m", "minigpt.benchmarks.harness", peer.target, json.dumps(peer.arguments))
+    process["env"] |= peer.environment
+    return subprocess.Popen(**process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def _ask(process: subprocess.Popen[str], line: str | None) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _work() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     try:
-        piece = getattr(importlib.import_module(f"benchmarks.{module}"), function)(**json.loads(sys.argv[2]))
+        piece = getattr(importlib.import_module(f"minigpt.benchmarks.{module}"), function)(**json.loads(sys.argv[2]))
         say(ready=True)
         for line in sys.stdin:
             times = []
@@ -128,6 +132,8 @@ def _work() -> None:
                 own = piece()  # a piece that times itself returns seconds
                 times.append(time.perf_counter() - start if own is None else own)
             say(seconds=sum(times) / len(times), peak_memory=peak_memory())
+    except ModuleNotFoundError as error:
+        say(error=f"{error.name} is not installed")
     except Exception as error:
         say(error=f"{type(error).__name__}: {error}".splitlines()[0])
 
