@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -123,6 +124,16 @@ def only(monkeypatch: pytest.MonkeyPatch, **parts: Callable[[Session], Any]) -> 
 
 def states(path: Path) -> dict[str, str]:
     return {row[0]: row[2] for row in json.loads(path.read_text())["tables"][-1]["rows"]}
+
+
+@pytest.mark.usefixtures("gpu_in_reach")
+def test_without_a_checkout_what_needs_its_registry_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "op_registry", raising=False)
+    monkeypatch.setattr(gpu_checks, "HOME", tmp_path)
+    parts, poisoned = dict(gpu.parts()), "against float64, poisoned"
+    for title in ("compiling", f"kernels {poisoned}", f"ops {poisoned}", "every kernel was checked"):
+        told = parts[title](session()) or ""
+        assert told.startswith(f"skipped: {tmp_path}/tests/tinytensor/registry.py does not exist; run ")
 
 
 @pytest.mark.usefixtures("gpu_in_reach")
