@@ -1,4 +1,4 @@
-"""The command lines: what scripts/train.py and scripts/generate.py do."""
+"""The command lines: what `minigpt train` and `minigpt generate` do, and the scripts of these names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minigpt import checkpoint, facts, folder
+from minigpt import checkpoint, folder
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
+from minigpt.program import command
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
 
@@ -20,7 +21,7 @@ STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can 
 
 
 def train() -> None:
-    """Train a GPT: `train.py [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
+    """Train a GPT: `minigpt train [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
     args = sys.argv[1:]
     preset = args.pop(0) if args and not args[0].startswith("-") else "shakespeare"
     if preset not in PRESETS:
@@ -40,7 +41,7 @@ def train() -> None:
             own = replace(saved.config, out_dir=out_dir, resume=True)
             config = tyro.cli(TrainConfig, default=own, args=args, description=description)
         elif config.preset != preset:
-            raise ValueError(f"--preset only names a run; for its settings write: {facts.command('train')} {config.preset}")
+            raise ValueError(f"--preset only names a run; for its settings write: {command('train')} {config.preset}")
         run(config, saved)
     except Stopped:
         sys.exit(STOPPED)

@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on: versions, processor, matrix kernels, commit; and how the program was called."""
+"""What the numbers of a run depend on: versions, processor, matrix kernels, commit."""
 
 from __future__ import annotations
 
@@ -23,12 +23,6 @@ def versions(*packages: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def command(verb: str) -> str:
-    """How to call a verb, in the way that this program was called: `minigpt train`, or `python scripts/train.py`."""
-    called = sys.argv[0].rpartition(" ")[0]
-    return f"{called} {verb}" if called in ("minigpt", "python -m minigpt") else f"python scripts/{verb}.py"
 
 
 def processor() -> str:

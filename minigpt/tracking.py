@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.facts import command
 from minigpt.folder import METRICS, SAMPLES, write
+from minigpt.program import command
 
 if TYPE_CHECKING:
     from rich.console import Console

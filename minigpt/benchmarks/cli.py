@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: what scripts/benchmark.py does."""
+"""The command line of the benchmarks: what `minigpt benchmark` does, and scripts/benchmark.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minigpt.benchmarks import suite
 
 
 def benchmark() -> None:
-    """Measure tinytensor beside its peers: `benchmark.py [step | ops | generate | …] [--flags]`."""
+    """Measure tinytensor beside its peers: `minigpt benchmark [step | ops | generate | …] [--flags]`."""
     tyro.cli(_measure)
 
 

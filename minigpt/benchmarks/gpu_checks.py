@@ -20,8 +20,8 @@ import numpy as np
 
 import tinytensor as tt
 from minigpt import facts
-from minigpt.benchmarks.harness import HOME
 from minigpt.config import TrainConfig
+from minigpt.program import HOME
 from tinytensor import backend, optim, random
 from tinytensor.backend.launcher import Source
 

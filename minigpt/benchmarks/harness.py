@@ -16,12 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from minigpt.facts import peak_memory
-
-HOME = Path(__file__).resolve().parents[2]  # the folder that this minigpt is imported from
+from minigpt.program import child
 
 
 @dataclass
@@ -87,12 +85,6 @@ def compare(
 def ratios(ours: Result, theirs: Result) -> list[float]:
     """How many times faster ours was, round by round."""
     return [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
-
-
-def child(*arguments: str) -> dict[str, Any]:
-    """What subprocess takes to start a Python that imports this minigpt, whatever lies in the working directory."""
-    path = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"args": [sys.executable, "-P", *arguments], "env": {**os.environ, "PYTHONPATH": path}}
 
 
 def _start(peer: Peer) -> subprocess.Popen[str]:

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from minigpt import facts
 from minigpt.benchmarks.fused import SHAPES
-from minigpt.benchmarks.harness import Peer, Result, child, compare, ratios
+from minigpt.benchmarks.harness import Peer, Result, compare, ratios
 from minigpt.config import PRESETS
+from minigpt.program import child, command
 
 MODELS = {name: vars(PRESETS[name].model(65)) for name in ("nanogpt-cpu", "shakespeare")}
 CHOSEN = {"OPENBLAS_CORETYPE": ""}  # an empty value lets OpenBLAS choose, as if the variable were not there
@@ -50,11 +51,11 @@ class Report:
         self.console.print(table)
 
     def write(self, json_path: Path | None, markdown_path: Path | None) -> None:
-        command, here = f"{facts.command('benchmark')} {shlex.join(sys.argv[1:])}", machine()
+        called, here = f"{command('benchmark')} {shlex.join(sys.argv[1:])}", machine()
         if json_path:
-            json_path.write_text(json.dumps({"command": command, "machine": here, "tables": self.tables}, indent=1) + "\n")
+            json_path.write_text(json.dumps({"command": called, "machine": here, "tables": self.tables}, indent=1) + "\n")
         if markdown_path:
-            text = f"`{command}` on {time.strftime('%Y-%m-%d')}\n\n" + "".join(f"- {k}: {v}\n" for k, v in here.items())
+            text = f"`{called}` on {time.strftime('%Y-%m-%d')}\n\n" + "".join(f"- {k}: {v}\n" for k, v in here.items())
             for t in self.tables:
                 lines = [t["columns"], ["---"] * len(t["columns"]), *t["rows"]]
                 text += f"\n### {t['title']}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in lines)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import minigpt
 import tinytensor
-from minigpt import facts
+from minigpt import facts, program
 from minigpt.__main__ import VERBS, main
 from tests.minigpt.small import verse
 from tests.minigpt.test_cli import ROOT, SHORT, environment
@@ -38,7 +38,9 @@ def test_help_has_a_line_for_each_verb(
     status, out, err = told(monkeypatch, capsys, *words)
     assert (status, err) == (0, "")
     assert out.startswith("usage: minigpt VERB")
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ") and len(line.split()) > 3] == list(VERBS)
+    assert [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")] == [
+        [verb, what] for verb, (_, what) in VERBS.items()
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -91,7 +93,7 @@ def test_a_hint_calls_the_program_as_it_was_called(
 @pytest.mark.parametrize("called", ["scripts/train.py", "/home/my minigpt train.py", "-c", ""])
 def test_elsewhere_a_hint_names_a_script(monkeypatch: pytest.MonkeyPatch, called: str) -> None:
     monkeypatch.setattr(sys, "argv", [called])
-    assert facts.command("generate") == "python scripts/generate.py"
+    assert program.command("generate") == "python scripts/generate.py"
 
 
 def test_everything_tells_the_same_version(
