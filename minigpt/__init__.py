@@ -2,5 +2,6 @@
 
 from minigpt.config import PRESETS, GPTConfig, TrainConfig
 from minigpt.model import GPT
+from tinytensor import __version__
 
-__all__ = ["GPT", "PRESETS", "GPTConfig", "TrainConfig"]
+__all__ = ["GPT", "PRESETS", "GPTConfig", "TrainConfig", "__version__"]

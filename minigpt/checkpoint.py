@@ -20,6 +20,7 @@ import numpy as np
 from minigpt import facts, tokenizer
 from minigpt.config import TrainConfig
 from minigpt.model import GPT
+from minigpt.program import command
 
 SCHEMA = 2
 LAST, PREVIOUS, BEST = KEPT = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -79,7 +80,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             "config": checkpoint.config.to_dict(),
             "tokenizer": checkpoint.tokenizer.to_dict(),
             "optimizer": {k: checkpoint.optimizer[k] for k in ("steps", "param_groups")} | {"moments": sorted(moments)},
-            "versions": facts.versions("minigpt-shakespeare", "numpy", "safetensors"),
+            "versions": facts.versions("numpy", "safetensors"),
             **{k: getattr(checkpoint, k) for k in _PLAIN},
         }
     )
@@ -225,7 +226,7 @@ def newest_run(root: Path = Path("runs"), named: Callable[[str], bool] = lambda 
     """The run folder below `root`, of those whose name fits, whose checkpoint was written last."""
     runs = [folder for folder in root.glob("*") if named(folder.name) and saved_in(folder)]
     if not runs:
-        raise CheckpointError(f"no {what} with a checkpoint below {root}/; train one with: python scripts/train.py quick")
+        raise CheckpointError(f"no {what} with a checkpoint below {root}/; train one with: {command('train')} quick")
     return max(runs, key=lambda folder: saved_in(folder)[0].stat().st_mtime)
 
 

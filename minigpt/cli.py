@@ -1,4 +1,4 @@
-"""The command lines: what the scripts do."""
+"""The command lines: what the verbs of `minigpt` do, and the scripts of their names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
 from minigpt.export import export as write_files
 from minigpt.model import GPT
+from minigpt.program import command
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
 from minigpt.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can 
 
 
 def train() -> None:
-    """Train a GPT: `train.py [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
+    """Train a GPT: `minigpt train [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
     args = sys.argv[1:]
     preset = args.pop(0) if args and not args[0].startswith("-") else "shakespeare"
     if preset not in PRESETS:
@@ -44,7 +45,7 @@ def train() -> None:
             own = replace(saved.config, out_dir=out_dir, resume=True)
             config = tyro.cli(TrainConfig, default=own, args=args, description=description)
         elif config.preset != preset:
-            raise ValueError(f"--preset only names a run; for its settings write: python scripts/train.py {config.preset}")
+            raise ValueError(f"--preset only names a run; for its settings write: {command('train')} {config.preset}")
         run(config, saved)
     except Stopped:
         sys.exit(STOPPED)
@@ -132,7 +133,7 @@ def prepare() -> None:
         f"{made.source}: {made.characters:,} characters, SHA-256 {made.sha256[:12]}…\n"
         f"{len(made.ids):,} tokens of a vocabulary of {made.tokenizer.vocab_size:,} are in {made.path}, "
         f"{made.ids.nbytes / 1e6:,.1f} MB\n"
-        f"to train on them: python scripts/train.py --data {shlex.quote(str(made.path))}"
+        f"to train on them: {command('train')} --data {shlex.quote(str(made.path))}"
     )
 
 
@@ -153,7 +154,9 @@ def export() -> None:
     try:
         args = tyro.cli(Export)
         folder = write_files(args.run, args.to, args.out_dir)
-        print(f"{folder} holds the model, its tokenizer and a card; try: generate.py --model {shlex.quote(str(folder))}")
+        print(
+            f"{folder} holds the model, its tokenizer and a card; try: {command('generate')} --model {shlex.quote(str(folder))}"
+        )
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

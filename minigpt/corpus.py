@@ -33,6 +33,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from minigpt.config import TrainConfig
+from minigpt.program import command
 from minigpt.texts import CorpusError, documents
 from minigpt.tokenizer import Tokenizer, make_tokenizer
 
@@ -141,9 +142,8 @@ def read_text(path: Path) -> Corpus:
     size = path.stat().st_size if path.is_file() else 0
     if path.is_dir() or path.suffix == ".parquet" or size > IN_MEMORY:
         kind = "a folder" if path.is_dir() else "a table" if path.suffix == ".parquet" else f"{size / 1e9:.1f} GB of text"
-        raise CorpusError(
-            f"{path} is {kind}: make tokens of it, once, with minigpt prepare {path} --out-dir DIR, then train with --data DIR"
-        )
+        make = f"{command('prepare')} {path} --out-dir DIR"
+        raise CorpusError(f"{path} is {kind}: make tokens of it, once, with {make}, then train with --data DIR")
     text = "".join(piece for document in documents([path]) for piece in document)
     if not text.strip():
         raise CorpusError(f"{path} holds no text ({size} bytes): name a UTF-8 text with --data FILE")

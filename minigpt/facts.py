@@ -15,8 +15,8 @@ from tinytensor.inspect.cost import gemm_peak as gemm_peak
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed version of each package, "not installed" where there is none; and Python's."""
-    found = {"python": platform.python_version()}
+    """The version of minigpt, of Python, and of each package as it is installed, "not installed" where it is not."""
+    found = {"minigpt": tt.__version__, "python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)
@@ -60,16 +60,17 @@ def gpu() -> str | None:
 
 def commit() -> str | None:
     """The git commit of this code, "+" after it where files were changed since; None outside a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True, timeout=10).stdout
+
     try:
-        ask = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(
-            ["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "."], **ask
-        ).stdout  # type: ignore[call-overload]
+        git("ls-files", "--error-unmatch", here.name)  # or the commit would be that of a repository around an installed copy
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+" if changed else "")
 
 
 def peak_memory() -> int:
@@ -84,7 +85,7 @@ def peak_memory() -> int:
 def all_of_them() -> dict[str, Any]:
     """For run.json."""
     return {
-        "versions": {"minigpt": tt.__version__, **versions("numpy", "safetensors")},
+        "versions": versions("numpy", "safetensors"),
         "hardware": {"processor": processor(), "cores": cores(), "blas": blas(), "gpu": gpu(), "host": platform.node()},
         "commit": commit(),
     }

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from minigpt import checkpoint
 from minigpt.folder import METRICS
+from minigpt.program import child
 from minigpt.tracking import read_metrics
 
 _SETTINGS = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --micro-batch 4 --accumulation 2 --dropout 0.2 --warmup-steps 4"
@@ -64,9 +63,9 @@ def _prove(steps: int, moments: Iterable[Callable[[Path], bool]], further: Itera
 
 def _train(folder: Path, flags: list[str]) -> subprocess.Popen[bytes]:
     resume = ["--resume"] if checkpoint.saved_in(folder) else []
-    command = [sys.executable, "-c", "from minigpt.cli import train; train()", *flags, *resume, "--out-dir", str(folder)]
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_", "PMIX_"))}  # whoever launched this
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone)
+    process = child("-m", "minigpt", "train", *flags, *resume, "--out-dir", str(folder))
+    process["env"] = {k: v for k, v in process["env"].items() if not k.startswith(("PMI", "OMPI_", "PMIX_"))}  # of a launcher
+    return subprocess.Popen(**process, stdout=subprocess.DEVNULL)
 
 
 def _steps(folder: Path) -> int:

@@ -19,6 +19,7 @@ from minigpt.config import TrainConfig
 from minigpt.corpus import Corpus
 from minigpt.curve import plot
 from minigpt.distributed import ranks
+from minigpt.program import command
 from minigpt.tokens import TokenFile
 from minigpt.tracking import Quiet, Tracker, duration
 from minigpt.trainer import Trainer
@@ -79,12 +80,12 @@ def _report(trainer: Trainer, profiled: int) -> bool:
         tracker.say(
             f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
             f"model, metrics, curve and samples are in {out_dir}\n"
-            f"more verse: python scripts/generate.py{where} --prompt {shlex.quote(trainer.corpus.opening)}"
+            f"more verse: {command('generate')}{where} --prompt {shlex.quote(trainer.corpus.opening)}"
         )
     else:
         tracker.say(
             f"stopped by {_stopper(trainer)} after step {trainer.step}, which is saved in {out_dir}\n"
-            f"to go on: python scripts/train.py {config.preset} --resume --out-dir {shlex.quote(str(out_dir))}"
+            f"to go on: {command('train')} {config.preset} --resume --out-dir {shlex.quote(str(out_dir))}"
         )
     return finished
 

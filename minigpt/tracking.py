@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.folder import METRICS, SAMPLES, write
+from minigpt.program import command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,7 +124,7 @@ class Tracker(Quiet):
         measured = f"measured on {len(self._durations)} steps"
         self.console.print(f"[dim]about {duration(left)} to go and the evaluations, {measured}[/dim]")
         if left > 2 * 3600:
-            self.console.print("[yellow]for verse within minutes: python scripts/train.py quick[/yellow]")
+            self.console.print(f"[yellow]for verse within minutes: {command('train')} quick[/yellow]")
 
     def sample(self, step: int, text: str) -> None:
         if not text:

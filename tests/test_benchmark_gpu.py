@@ -1,9 +1,10 @@
-"""`scripts/benchmark.py gpu`, tiny, on CuPy's stand-in, with PyTorch on the CPU: all of it runs, and checks can fail."""
+"""`minigpt benchmark gpu`, tiny, on CuPy's stand-in, with PyTorch on the CPU: all of it runs, and checks can fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_launches, gpu_speed, gpu_training
-from benchmarks.gpu_checks import Check, Sizes
-from benchmarks.gpu_speed import COMPILED, EAGER, OURS, Plan, Session
-from benchmarks.suite import Report
+from minigpt.benchmarks import gpu, gpu_checks, gpu_launches, gpu_speed, gpu_training
+from minigpt.benchmarks.gpu_checks import Check, Sizes
+from minigpt.benchmarks.gpu_speed import COMPILED, EAGER, OURS, Plan, Session
+from minigpt.benchmarks.suite import Report
 from minigpt.config import GPTConfig, TrainConfig
 from tests.cuda.conftest import cuda  # noqa: F401  (the fixture)
 from tests.cuda.standin import device
@@ -123,6 +124,16 @@ def only(monkeypatch: pytest.MonkeyPatch, **parts: Callable[[Session], Any]) -> 
 
 def states(path: Path) -> dict[str, str]:
     return {row[0]: row[2] for row in json.loads(path.read_text())["tables"][-1]["rows"]}
+
+
+@pytest.mark.usefixtures("gpu_in_reach")
+def test_without_a_checkout_what_needs_its_registry_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "op_registry", raising=False)
+    monkeypatch.setattr(gpu_checks, "HOME", tmp_path)
+    parts, poisoned = dict(gpu.parts()), "against float64, poisoned"
+    for title in ("compiling", f"kernels {poisoned}", f"ops {poisoned}", "every kernel was checked"):
+        told = parts[title](session()) or ""
+        assert told.startswith(f"skipped: {tmp_path}/tests/tinytensor/registry.py does not exist; run ")
 
 
 @pytest.mark.usefixtures("gpu_in_reach")
@@ -463,8 +474,8 @@ def test_bars(value: float | None, limit: float, expected: str) -> None:
 
 def test_the_tokens_are_the_same_for_all(gpu_in_reach: ModuleType) -> None:
     """And the micro-step's gradient is made anew each time."""
-    from benchmarks.ours import DeviceStep
-    from benchmarks.theirs import TorchStep
+    from minigpt.benchmarks.ours import DeviceStep
+    from minigpt.benchmarks.theirs import TorchStep
 
     model = {**MODEL, "dropout": 0.0}
     ours, theirs = DeviceStep(model, 2, "fp32"), TorchStep(model, 2, "fp32", device="cpu")

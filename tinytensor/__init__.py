@@ -16,7 +16,7 @@ from tinytensor.state import enable_grad, is_grad_enabled, no_grad, set_grad_ena
 from tinytensor.tensor import Tensor
 from tinytensor.transforms import checkpoint, grad, jvp, value_and_grad, vjp
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     *_op_names,

@@ -201,7 +201,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, data: bytes, message: str) -> Non
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"none\.txt \(No such file.*--data FILE$"):
         read_text(tmp_path / "none.txt")
-    with pytest.raises(CorpusError, match=r"is a folder: .* minigpt prepare .* --out-dir DIR, then train with --data DIR$"):
+    with pytest.raises(CorpusError, match=r"is a folder: .* .*prepare.* .* --out-dir DIR, then train with --data DIR$"):
         read_text(tmp_path)
 
 

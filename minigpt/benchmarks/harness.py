@@ -16,17 +16,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from minigpt.facts import peak_memory
-
-ROOT = Path(__file__).resolve().parent.parent
+from minigpt.program import child
 
 
 @dataclass
 class Peer:
-    """One contender: `benchmarks.MODULE:FUNCTION` called with `arguments`."""
+    """One contender: `minigpt.benchmarks.MODULE:FUNCTION` called with `arguments`."""
 
     name: str
     target: str
@@ -90,11 +88,9 @@ def ratios(ours: Result, theirs: Result) -> list[float]:
 
 
 def _start(peer: Peer) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **peer.environment}
-    command = [sys.executable, "-m", "benchmarks.harness", peer.target, json.dumps(peer.arguments)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT
-    )
+    process = child("-m", "minigpt.benchmarks.harness", peer.target, json.dumps(peer.arguments))
+    process["env"] |= peer.environment
+    return subprocess.Popen(**process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def _ask(process: subprocess.Popen[str], line: str | None) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def _work() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
     try:
-        piece = getattr(importlib.import_module(f"benchmarks.{module}"), function)(**json.loads(sys.argv[2]))
+        piece = getattr(importlib.import_module(f"minigpt.benchmarks.{module}"), function)(**json.loads(sys.argv[2]))
         say(ready=True)
         for line in sys.stdin:
             times = []
@@ -128,6 +124,8 @@ def _work() -> None:
                 own = piece()  # a piece that times itself returns seconds
                 times.append(time.perf_counter() - start if own is None else own)
             say(seconds=sum(times) / len(times), peak_memory=peak_memory())
+    except ModuleNotFoundError as error:
+        say(error=f"{error.name} is not installed")
     except Exception as error:
         say(error=f"{type(error).__name__}: {error}".splitlines()[0])
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.fused import SHAPES
-from benchmarks.harness import ROOT, Peer, Result, compare, ratios
 from minigpt import facts
+from minigpt.benchmarks.fused import SHAPES
+from minigpt.benchmarks.harness import Peer, Result, compare, ratios
 from minigpt.config import PRESETS
+from minigpt.program import child, command
 
 MODELS = {name: vars(PRESETS[name].model(65)) for name in ("nanogpt-cpu", "shakespeare")}
 CHOSEN = {"OPENBLAS_CORETYPE": ""}  # an empty value lets OpenBLAS choose, as if the variable were not there
@@ -49,12 +50,12 @@ class Report:
             table.add_row(*map(escape, row))
         self.console.print(table)
 
-    def write(self, command: str, json_path: Path | None, markdown_path: Path | None) -> None:
-        facts = machine()
+    def write(self, json_path: Path | None, markdown_path: Path | None) -> None:
+        called, here = f"{command('benchmark')} {shlex.join(sys.argv[1:])}", machine()
         if json_path:
-            json_path.write_text(json.dumps({"command": command, "machine": facts, "tables": self.tables}, indent=1) + "\n")
+            json_path.write_text(json.dumps({"command": called, "machine": here, "tables": self.tables}, indent=1) + "\n")
         if markdown_path:
-            text = f"`{command}` on {time.strftime('%Y-%m-%d')}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items())
+            text = f"`{called}` on {time.strftime('%Y-%m-%d')}\n\n" + "".join(f"- {k}: {v}\n" for k, v in here.items())
             for t in self.tables:
                 lines = [t["columns"], ["---"] * len(t["columns"]), *t["rows"]]
                 text += f"\n### {t['title']}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in lines)
@@ -94,8 +95,7 @@ def step(report: Report, rounds: int, compiled: bool, bf16: bool) -> None:
             peers.append(Peer("torch.compile", "theirs:torch_step", {**work, "compiled": True}))
         if bf16:
             peers.append(Peer("torch eager, bf16 autocast", "theirs:torch_step", {**work, "bf16": True}))
-        if _installed("jax"):
-            peers.append(Peer("JAX jit", "theirs:jax_step", work))
+        peers.append(Peer("JAX jit", "theirs:jax_step", work))
         peers.append(Peer("GEMM peak", "ours:gemm_peak", work, CHOSEN if forced else {}))
         *results, peak = compare(peers, count, 1, repeat, report.progress)
         gflop = PRESETS[preset].model(65).flops_per_token() * rows * model["block_size"] / 1e9
@@ -127,10 +127,8 @@ def step(report: Report, rounds: int, compiled: bool, bf16: bool) -> None:
 
 def ops(report: Report, rounds: int) -> None:
     """Overhead of small ops, and the fused ops at training shapes."""
-    peers = [Peer("tinytensor", "ours:small_ops"), Peer("torch", "theirs:torch_small_ops")]
-    peers += [
-        Peer(n, f"theirs:{m}_small_ops") for n, m in (("MyGrad", "mygrad"), ("HIPS autograd", "autograd")) if _installed(m)
-    ]
+    theirs = {"torch": "torch", "MyGrad": "mygrad", "HIPS autograd": "autograd"}
+    peers = [Peer("tinytensor", "ours:small_ops"), *(Peer(n, f"theirs:{m}_small_ops") for n, m in theirs.items())]
     results = compare(peers, rounds, repeat=5, progress=report.progress)
     rows = [
         [r.name, r.failed or f"{r.median * 1e6:.2f}", "" if r is results[0] or r.failed else _ratio_cell(r, results[0])]
@@ -236,8 +234,9 @@ def ranks(report: Report, rounds: int) -> None:
                 out_dir = Path(home, f"{turn}-{count}-{threads}-{rows}")
                 flags = f"shakespeare --accumulation 1 --micro-batch {rows} --shards {max(2, rows // 4)} --threads {threads} "
                 flags += f"--max-steps 5 --sample-tokens 0 --no-wandb --data {text} --out-dir {out_dir}"
-                command = [launcher, "-n", str(count), sys.executable, str(ROOT / "scripts/train.py"), *flags.split()]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                rank = child("-m", "minigpt", "train", *flags.split())
+                rank["args"][:0] = [launcher, "-n", str(count)]
+                subprocess.run(**rank, check=True, stdout=subprocess.DEVNULL)
                 ends = [json.loads(line)["seconds"] for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
                 seconds[name].append(statistics.median(b - a for a, b in itertools.pairwise(ends)))
                 shutil.rmtree(out_dir)
@@ -256,22 +255,15 @@ def ranks(report: Report, rounds: int) -> None:
 def quick(report: Report, rounds: int) -> None:
     """The README's run, whole process, on the text in data/ (fetched before the clock starts)."""
     from minigpt.corpus import load_corpus
+    from minigpt.start import DATA
 
-    corpus = load_corpus("tiny", ROOT / "data")
+    corpus = load_corpus("tiny", DATA)
     rows, seconds = [], []
     for _ in range(min(rounds, 3)):
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                str(ROOT / "scripts/train.py"),
-                "quick",
-                "--data",
-                str(corpus.path),
-                "--out-dir",
-                f"{folder}/quick",
-            ]
+            flags = ["--data", str(corpus.path), "--out-dir", f"{folder}/quick"]
             start = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(**child("-m", "minigpt", "train", "quick", *flags), check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - start)
             last = json.loads(Path(folder, "quick", "metrics.jsonl").read_text().splitlines()[-1])
             rows.append([f"{seconds[-1]:.1f}", f"{last['val_loss']:.4f}", f"{last['tokens']:,}"])
@@ -281,21 +273,14 @@ def quick(report: Report, rounds: int) -> None:
 def imports(report: Report, rounds: int) -> None:
     """What `import tinytensor` costs beyond `import numpy`."""
     seconds: dict[str, list[float]] = {"import numpy": [], "import numpy, tinytensor": []}
-    compiled = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as users run it: from bytecode
     for turn in range(rounds * 2 + 1):
         for line, times in seconds.items():
+            process = child("-c", line)
+            process["env"].pop("PYTHONDONTWRITEBYTECODE", None)  # as users run it: from bytecode
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", line], check=True, cwd=ROOT, env=compiled)
+            subprocess.run(**process, check=True)
             if turn:
                 times.append(time.perf_counter() - start)
     extra = statistics.median(b - a for a, b in zip(*seconds.values(), strict=True))
     rows = [[line, f"{statistics.median(t) * 1e3:.0f}"] for line, t in seconds.items()] + [["difference", f"{extra * 1e3:.0f}"]]
     report.add("import", ["", "ms, whole process"], rows, seconds)
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_checks import PRECISIONS, Sizes, one_line
-from benchmarks.harness import ROOT, Result, ratios
-from benchmarks.ours import DeviceStep
-from benchmarks.suite import MODELS, Report, _ratio_cell
-from benchmarks.theirs import TorchStep
 from minigpt import GPTConfig
+from minigpt.benchmarks.gpu_checks import PRECISIONS, Sizes, one_line
+from minigpt.benchmarks.harness import Result, ratios
+from minigpt.benchmarks.ours import DeviceStep
+from minigpt.benchmarks.suite import MODELS, Report, _ratio_cell
+from minigpt.benchmarks.theirs import TorchStep
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.corpus import read_text
+from minigpt.start import DATA
 from minigpt.tracking import Quiet
 from minigpt.trainer import Trainer
 from tinytensor import backend
@@ -252,7 +253,7 @@ class _Until(Quiet):
 def race(session: Session) -> str | None:
     """Train to a validation loss; PyTorch's time is that many of its steps."""
     plan, found = session.plan, session.found
-    path = session.data or ROOT / "data" / "tiny_shakespeare.txt"
+    path = session.data or DATA / "tiny_shakespeare.txt"
     if not path.exists():
         return f"skipped: there is no text at {path}; give one with --data FILE"
     config = replace(plan.training, sample_tokens=0, wandb=False)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import tinytensor as tt
-from benchmarks.theirs import batch, chain
 from minigpt import GPT, GPTConfig
+from minigpt.benchmarks.theirs import batch, chain
 from minigpt.config import TrainConfig
 from minigpt.sampling import Sampling, generate
 from tinytensor import optim, parallel, random

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu_checks import observed, one_line
-from benchmarks.gpu_speed import Session, free, operands, whole
-from benchmarks.ours import DeviceStep
+from minigpt.benchmarks.gpu_checks import observed, one_line
+from minigpt.benchmarks.gpu_speed import Session, free, operands, whole
+from minigpt.benchmarks.ours import DeviceStep
 from tinytensor.backend.cublas import gemm
 from tinytensor.backend.launcher import Strided
 

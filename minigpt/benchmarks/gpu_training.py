@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import tinytensor as tt
-from benchmarks.gpu_checks import PRECISIONS, Check, Sizes, attempt, below, distance
 from minigpt import GPT, GPTConfig, checkpoint
+from minigpt.benchmarks.gpu_checks import PRECISIONS, Check, Sizes, attempt, below, distance
 from minigpt.corpus import Corpus
 from minigpt.tracking import Quiet
 from minigpt.trainer import Trainer

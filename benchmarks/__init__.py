@@ -1,1 +1,0 @@
-"""Benchmarks: the same work in tinytensor and in its peers, side by side. `python scripts/benchmark.py` runs them."""

@@ -1,0 +1,69 @@
+"""The command line of the benchmarks: what `minigpt benchmark` does, and scripts/benchmark.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from minigpt.benchmarks import suite
+
+
+def benchmark() -> None:
+    """Measure tinytensor beside its peers: `minigpt benchmark [step | ops | generate | …] [--flags]`."""
+    tyro.cli(_measure)
+
+
+def _measure(
+    what: tyro.conf.Positional[
+        Literal["step", "ops", "generate", "scaling", "ranks", "quick", "imports", "gpu", "all"]
+    ] = "all",
+    rounds: int = 12,
+    compiled: bool = True,
+    bf16: bool = True,
+    json: Path | None = None,
+    markdown: Path | None = None,
+    plot: Path | None = None,
+    budget: float = 420.0,
+    data: Path | None = None,
+) -> None:
+    """Interleaved measurements, each peer in its own process; medians, spread, and ratios round by round.
+
+    Args:
+        what: which work to measure; `gpu`, which is not among `all`, proves and measures what needs a GPU.
+        rounds: counted rounds; small work takes more of them, large work fewer.
+        compiled: also measure torch.compile, which takes minutes to compile.
+        bf16: also measure torch with bfloat16 autocast.
+        json: write all times there; `gpu` writes gpu.json unless told otherwise.
+        markdown: write the tables there.
+        plot: draw `scaling` there, a PNG.
+        budget: seconds that `gpu` may take; a part that is due after that is skipped.
+        data: the text that `gpu` trains on; by default data/tiny_shakespeare.txt.
+    """
+    report = suite.Report()
+    for name, value in suite.machine().items():
+        report.console.print(f"[bold]{name}[/bold]  {value}", highlight=False)
+    if what == "gpu":
+        from minigpt.benchmarks import gpu
+
+        try:
+            sys.exit(gpu.run(report, gpu.Plan(rounds=rounds), budget, data, json or Path("gpu.json"), markdown))
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+    if what in ("step", "all"):
+        suite.step(report, rounds, compiled, bf16)
+    if what in ("ops", "all"):
+        suite.ops(report, rounds)
+    if what in ("generate", "all"):
+        suite.generate(report, rounds)
+    if what in ("scaling", "all"):
+        suite.scaling(report, rounds, plot)
+    if what in ("ranks", "all"):
+        suite.ranks(report, rounds)
+    if what in ("imports", "all"):
+        suite.imports(report, rounds)
+    if what in ("quick", "all"):
+        suite.quick(report, rounds)
+    report.write(json, markdown)
