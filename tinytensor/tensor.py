@@ -9,6 +9,7 @@ import numpy as np
 
 from tinytensor import autograd, backend, ops, writes
 from tinytensor.autograd import Leaf, Node, Value
+from tinytensor.backend import dlpack
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
@@ -93,9 +94,10 @@ class Tensor(Value):
             return
         if self.node is None:
             raise RuntimeError("a tensor that does not require gradients has no .grad; set requires_grad=True")
-        if autograd.as_value(value).data.shape != self.shape:
-            raise ValueError(f"a gradient of shape {autograd.as_value(value).data.shape} does not fit shape {self.shape}")
-        self.node.grad = autograd.as_value(value)
+        gradient = autograd.as_value(value)
+        if gradient.shape != self.shape:
+            raise ValueError(f"a gradient of shape {gradient.shape} does not fit shape {self.shape}")
+        self.node.grad = gradient.clone() if writes.read_only(gradient.data) else gradient  # more may be added to it
 
     def __len__(self) -> int:
         if self.ndim == 0:
@@ -151,7 +153,19 @@ class Tensor(Value):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad and is_grad_enabled():
             raise TypeError("a tensor that requires gradients does not turn into an array by itself; call detach().numpy()")
+        if self.device != "cpu":
+            if copy is False:
+                raise ValueError(f"a tensor on {self.device} becomes a NumPy array by a copy only; leave out copy=False")
+            copy = None  # the transfer is one
         return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None) -> Any:
+        if self.requires_grad:
+            raise BufferError("a tensor that requires gradients does not leave by DLPack, past autograd; use detach()")
+        return dlpack.to_dlpack(self.data, stream=stream, max_version=max_version, dl_device=dl_device, copy=copy)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.data.__dlpack_device__()
 
     def __float__(self) -> float:
         return float(self.item())
@@ -196,7 +210,6 @@ class Tensor(Value):
         node = self.node
         if node is None:
             raise RuntimeError("a tensor that does not require gradients will never call a hook")
-
         def entry(gradient: Tensor) -> Tensor | None:  # one object for each registration, also of the same hook
             return hook(gradient)
 
@@ -211,6 +224,7 @@ class Tensor(Value):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         index = plain_index(index, self)
+        writes.check(self.data)
         if self._tracks(value):
             self._rewrite(lambda before: ops.setitem(before, index, value))
         else:
@@ -218,6 +232,7 @@ class Tensor(Value):
             writes.record(self.data)
 
     def _write(self, op: Callable[[Any, Any], Tensor], other: Any) -> Tensor:
+        writes.check(self.data)
         if self._tracks(other):
             self._rewrite(lambda before: op(before, before if other is self else other))
         else:

@@ -106,6 +106,8 @@ class Module:
                 problems.append(f"{k} has shape {a.shape} where the model has {every[k].shape}")
             elif k in every and a.dtype.kind not in "fiu":
                 problems.append(f"{k} has dtype {a.dtype}, which is not a number")
+            elif k in every and writes.read_only(every[k].data):
+                problems.append(f"{k} lies in memory that may only be read; make the parameter of a clone()")
         if problems:
             raise ValueError(f"state does not fit {type(self).__name__}: " + "; ".join(problems))
         for k, a in arrays.items():
