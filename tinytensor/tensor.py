@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -210,9 +211,7 @@ class Tensor(Value):
         node = self.node
         if node is None:
             raise RuntimeError("a tensor that does not require gradients will never call a hook")
-        def entry(gradient: Tensor) -> Tensor | None:  # one object for each registration, also of the same hook
-            return hook(gradient)
-
+        entry = partial(hook)  # one object for each registration, also of the same hook; pickled if hook can be
         node.hooks = [*(node.hooks or ()), entry]
 
         def remove() -> None:
