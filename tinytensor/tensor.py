@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytensor import autograd, backend, ops, writes
+from tinytensor import autograd, backend, notebook, ops, writes
 from tinytensor.autograd import Leaf, Node, Value
 from tinytensor.backend import dlpack
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
@@ -118,6 +118,9 @@ class Tensor(Value):
         elif self.node is not None:
             notes.append("requires_grad=True")
         return f"tensor({', '.join(notes)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.tensor_html(self)
 
     # -- leaving the graph
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from tinytensor import autograd, backend, writes
+from tinytensor import autograd, backend, notebook, writes
 from tinytensor.state import thread
 from tinytensor.tensor import Tensor
 
@@ -160,6 +160,9 @@ class Module:
             return f"{type(self).__name__}({self.extra_repr()})"
         lines = [f"({name}): " + repr(child).replace("\n", "\n  ") for name, child in children]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+    def _repr_html_(self) -> str:
+        return notebook.module_html(self)
 
 
 class ModuleList(Module):
