@@ -9,7 +9,21 @@ from tinytensor.backend import cpu as _cpu_kernels  # noqa: F401  (registers the
 from tinytensor.backend import random
 from tinytensor.backend.precision import precision
 from tinytensor.backend.random import manual_seed
-from tinytensor.creation import arange, as_tensor, eye, full, ones, ones_like, rand, randint, randn, tensor, zeros, zeros_like
+from tinytensor.creation import (
+    arange,
+    as_tensor,
+    eye,
+    from_dlpack,
+    full,
+    ones,
+    ones_like,
+    rand,
+    randint,
+    randn,
+    tensor,
+    zeros,
+    zeros_like,
+)
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
 from tinytensor.ops import __all__ as _op_names
 from tinytensor.state import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
@@ -29,6 +43,7 @@ __all__ = [
     "checkpoint",
     "enable_grad",
     "eye",
+    "from_dlpack",
     "full",
     "grad",
     "is_grad_enabled",

@@ -42,6 +42,13 @@ class Value:
         self.data = data
         self.node = node
 
+    def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
+        attributes, slots = state
+        for name, value in {**(attributes or {}), **slots}.items():
+            setattr(self, name, value)
+        if isinstance(self.node, Leaf) and self.node.owner is None:  # a copied leaf, not one that two tensors share
+            self.node.owner = weakref.ref(self)
+
 
 class Spec:
     """What a vjp is given in place of an array that its op did not ask to save: the shape and dtype it had."""

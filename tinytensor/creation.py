@@ -8,15 +8,15 @@ import numpy as np
 
 from tinytensor import backend
 from tinytensor.autograd import Value
-from tinytensor.backend import random
+from tinytensor.backend import dlpack, random
 from tinytensor.tensor import Tensor
 
 
 def tensor(data: Any, dtype: Any = None, device: str = "cpu", requires_grad: bool = False) -> Tensor:
-    """A tensor with a copy of `data`: numbers, nested lists, an array, or a tensor.
+    """A tensor with a copy of `data`: numbers, nested lists, an array, a buffer (bytes, array.array, mmap, …), or a tensor.
 
-    dtype: by name ("float32", "float64", "float16", "int64", …); by default that of an array, float32 for Python floats,
-    int64 for Python integers. device: "cpu" or "cuda". Raises ValueError for ragged lists, TypeError for non-numbers.
+    dtype: by name ("float32", "float64", "float16", "int64", …); by default that of an array or buffer, float32 for Python
+    floats, int64 for Python integers. device: "cpu" or "cuda". Raises ValueError for ragged lists, TypeError for non-numbers.
     """
     source = data.data if isinstance(data, Value) else data
     if isinstance(source, (list, tuple)):
@@ -48,10 +48,20 @@ def _shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def as_tensor(data: Any, dtype: Any = None, device: str | None = None) -> Tensor:
-    """`data` as a tensor without copying where possible: a tensor as it is, an array sharing its memory."""
+    """`data` as a tensor without copying where possible: a tensor as it is, an array or buffer sharing its memory."""
     t = data if isinstance(data, Tensor) else Tensor(backend.as_array(data, dtype, device))
     t = t if dtype is None else t.astype(dtype)
     return t if device is None else t.to(device)
+
+
+def from_dlpack(x: Any, /) -> Tensor:
+    """A tensor in the memory of another library's array, one with `__dlpack__` (array API standard): nothing is copied.
+
+    On the CPU or on a CUDA device, where x is; what one side writes the other reads, unnoticed by autograd. Memory that its
+    owner declares constant (JAX's) may only be read. Raises TypeError for a dtype that tensors do not have, ValueError for
+    another device.
+    """
+    return Tensor(dlpack.from_dlpack(x))
 
 
 def zeros(*shape: Any, dtype: Any = "float32", device: str = "cpu", requires_grad: bool = False) -> Tensor:

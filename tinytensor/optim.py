@@ -41,6 +41,11 @@ class FlatBuffer:
         p, start = self.parameters[i], self.starts[i]
         return memory[start : start + p.size].reshape(p.shape)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # copied arrays are views no more, so copied parameters are laid out anew
+        gradients = [p.grad for p in self.parameters]
+        in_slots = [g is not None and g.data is slot for g, slot in zip(gradients, self.slots, strict=True)]
+        return _laid_out, (self.parameters, in_slots)
+
     def gather(self) -> list[bool]:
         """Bring back what a user (or another optimiser) replaced, and say which parameters have a gradient."""
         present = []
@@ -56,6 +61,16 @@ class FlatBuffer:
                     slot[...] = leaf.grad.data
                     leaf.grad, leaf.slot = Tensor(slot), slot
         return present
+
+
+def _laid_out(parameters: list[Tensor], in_slots: list[bool]) -> FlatBuffer:
+    """Their buffer, with the gradients that are to be in it."""
+    buffer = FlatBuffer(parameters)
+    for p, slot, inside in zip(parameters, buffer.slots, in_slots, strict=True):
+        if inside:
+            slot[...] = p.grad.data  # type: ignore[union-attr]
+            p.grad = Tensor(slot)
+    return buffer
 
 
 class Optimizer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tinytensor import autograd, backend, ops, writes
+from tinytensor import autograd, backend, notebook, ops, writes
 from tinytensor.autograd import Leaf, Node, Value
+from tinytensor.backend import dlpack
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
@@ -93,9 +95,10 @@ class Tensor(Value):
             return
         if self.node is None:
             raise RuntimeError("a tensor that does not require gradients has no .grad; set requires_grad=True")
-        if autograd.as_value(value).data.shape != self.shape:
-            raise ValueError(f"a gradient of shape {autograd.as_value(value).data.shape} does not fit shape {self.shape}")
-        self.node.grad = autograd.as_value(value)
+        gradient = autograd.as_value(value)
+        if gradient.shape != self.shape:
+            raise ValueError(f"a gradient of shape {gradient.shape} does not fit shape {self.shape}")
+        self.node.grad = gradient.clone() if writes.read_only(gradient.data) else gradient  # more may be added to it
 
     def __len__(self) -> int:
         if self.ndim == 0:
@@ -115,6 +118,9 @@ class Tensor(Value):
         elif self.node is not None:
             notes.append("requires_grad=True")
         return f"tensor({', '.join(notes)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.tensor_html(self)
 
     # -- leaving the graph
 
@@ -151,7 +157,19 @@ class Tensor(Value):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.requires_grad and is_grad_enabled():
             raise TypeError("a tensor that requires gradients does not turn into an array by itself; call detach().numpy()")
+        if self.device != "cpu":
+            if copy is False:
+                raise ValueError(f"a tensor on {self.device} becomes a NumPy array by a copy only; leave out copy=False")
+            copy = None  # the transfer is one
         return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: Any = None) -> Any:
+        if self.requires_grad:
+            raise BufferError("a tensor that requires gradients does not leave by DLPack, past autograd; use detach()")
+        return dlpack.to_dlpack(self.data, stream=stream, max_version=max_version, dl_device=dl_device, copy=copy)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.data.__dlpack_device__()
 
     def __float__(self) -> float:
         return float(self.item())
@@ -196,10 +214,7 @@ class Tensor(Value):
         node = self.node
         if node is None:
             raise RuntimeError("a tensor that does not require gradients will never call a hook")
-
-        def entry(gradient: Tensor) -> Tensor | None:  # one object for each registration, also of the same hook
-            return hook(gradient)
-
+        entry = partial(hook)  # one object for each registration, also of the same hook; pickled if hook can be
         node.hooks = [*(node.hooks or ()), entry]
 
         def remove() -> None:
@@ -211,6 +226,7 @@ class Tensor(Value):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         index = plain_index(index, self)
+        writes.check(self.data)
         if self._tracks(value):
             self._rewrite(lambda before: ops.setitem(before, index, value))
         else:
@@ -218,6 +234,7 @@ class Tensor(Value):
             writes.record(self.data)
 
     def _write(self, op: Callable[[Any, Any], Tensor], other: Any) -> Tensor:
+        writes.check(self.data)
         if self._tracks(other):
             self._rewrite(lambda before: op(before, before if other is self else other))
         else:

@@ -46,6 +46,20 @@ def caller() -> Origin:
     return Origin(*line(2))
 
 
+def read_only(array: Array) -> bool:
+    """Whether `array` lies in memory that may not be written: bytes, a broadcast, another library's constant."""
+    return not getattr(array.flags, "writeable", True)  # which CuPy's arrays always are
+
+
+def check(array: Array) -> None:
+    """ValueError where `array` may only be read, before a write to it."""
+    if read_only(array):
+        raise ValueError(
+            f"in-place write at {caller()} to an array of shape {array.shape} in memory that may only be read; "
+            "write into a clone()"
+        )
+
+
 class Write(NamedTuple):
     serial: int
     origin: Origin

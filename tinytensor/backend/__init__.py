@@ -84,25 +84,37 @@ def as_dtype(dtype: Any) -> np.dtype:
 
 
 def as_array(data: Any, dtype: Any = None, device: str | None = None) -> Array:
-    """Anything array-like as an array. Python floats become `default_dtype`; arrays keep their dtype and device."""
-    if isinstance(data, np.ndarray) or xp_of(data) is not np:
+    """Anything array-like as an array. Python floats become `default_dtype`; arrays and buffers keep their dtype and device."""
+    if type(data) is np.ndarray or xp_of(data) is not np:
         array = data
     else:
         try:
-            array = np.asarray(data)
+            source = _buffer(data)
+            array = np.asarray(source)
         except ValueError as error:
             raise ValueError(f"cannot make an array of this {type(data).__name__}: {error}") from None
-        if array.dtype == np.float64 and not isinstance(data, np.generic) and dtype is None and not _is_array(data):
+        if array.dtype == np.float64 and dtype is None and not _is_array(source):
             array = array.astype(default_dtype)
     if dtype is not None:
         array = array.astype(as_dtype(dtype), copy=False)
     elif array.dtype not in DTYPES.values() and array.dtype.name != "bfloat16":
-        raise TypeError(f"cannot make a tensor of dtype {array.dtype} from {type(data).__name__}; use numbers")
+        remedy = f"convert it to one of {', '.join(DTYPES)}" if array.dtype.kind in "biufc" else "use numbers"
+        raise TypeError(f"cannot make a tensor of dtype {array.dtype} from {type(data).__name__}; {remedy}")
     return array if device is None else to_device(array, device)
 
 
+def _buffer(data: Any) -> Any:
+    """The memory of an object with the buffer protocol, where NumPy would take bytes for text; `data` if it is none."""
+    if isinstance(data, np.ndarray | np.generic):
+        return data
+    try:
+        return memoryview(data)
+    except TypeError:
+        return data
+
+
 def _is_array(data: Any) -> bool:
-    return hasattr(data, "__array__") or hasattr(data, "__array_interface__") or isinstance(data, memoryview)
+    return isinstance(data, memoryview) or hasattr(data, "__array__") or hasattr(data, "__array_interface__")
 
 
 def memory_root(array: Array) -> Array:

@@ -30,6 +30,7 @@ def uniform_(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
 
 def constant_(x: Tensor, value: float) -> Tensor:
     """Fill with one value."""
+    writes.check(x.data)
     x.data[...] = value
     writes.record(x.data)
     return x
@@ -66,6 +67,7 @@ def _fans(x: Tensor) -> tuple[int, int]:
 
 def _write(x: Tensor, draw: Callable[[], Array]) -> Tensor:
     if thread.initialises:
+        writes.check(x.data)
         x.data[...] = backend.to_device(draw(), x.device)
         writes.record(x.data)
     return x

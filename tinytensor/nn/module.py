@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from tinytensor import autograd, backend, writes
+from tinytensor import autograd, backend, notebook, writes
 from tinytensor.state import thread
 from tinytensor.tensor import Tensor
 
@@ -109,6 +109,8 @@ class Module:
                 problems.append(f"{k} has shape {a.shape} where the model has {every[k].shape}")
             elif k in every and a.dtype.kind not in "fiu":
                 problems.append(f"{k} has dtype {a.dtype}, which is not a number")
+            elif k in every and writes.read_only(every[k].data):
+                problems.append(f"{k} lies in memory that may only be read; make the parameter of a clone()")
         if problems:
             raise ValueError(f"state does not fit {type(self).__name__}: " + "; ".join(problems))
         for k, a in arrays.items():
@@ -164,6 +166,9 @@ class Module:
             return f"{type(self).__name__}({self.extra_repr()})"
         lines = [f"({name}): " + repr(child).replace("\n", "\n  ") for name, child in children]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+    def _repr_html_(self) -> str:
+        return notebook.module_html(self)
 
 
 def _adopt(p: Parameter, array: backend.Array) -> None:
