@@ -16,7 +16,34 @@ from minigpt.tokenizer import Tokenizer
 
 CARD = "README.md"
 # of the settings, those that the card tells in other words, and those that made no difference to the model
-_LEFT_OUT = {"preset", "data", "source", "out_dir", "resume", "prove_resume", "profile", "wandb", "rank_timeout"}
+_LEFT_OUT = {"preset", "data", "source", "out_dir", "resume", "prove_resume", "profile", "wandb", "rank_timeout", "threads"}
+_USE = """## Use
+
+In transformers, which writes as far as the context goes:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this card's, or the name of its repository
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer({prompt}, return_tensors="pt")
+written = model.generate(**prompt, max_length={block_size}, do_sample=True, temperature=0.8)
+print(tokenizer.decode(written[0]))
+```
+
+In minigpt, `python scripts/generate.py --model .`, or:
+
+```python
+from minigpt import gpt2
+from minigpt.model import GPT
+from minigpt.sampling import Sampling, speak
+
+found = gpt2.load(".")
+model = GPT.from_weights(found.config, found.weights).for_sampling()
+text = speak(model, found.tokenizer, {prompt}, max_tokens=300, num_samples=1, sampling=Sampling())
+print("".join(text))
+```"""
 
 
 def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
@@ -52,47 +79,27 @@ def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
 def card(saved: Checkpoint, record: dict[str, Any], curve: bool) -> str:
     """The model card, in Markdown, of a checkpoint; `record` is what its run.json says, or nothing."""
     model = saved.config.model(saved.tokenizer.vocab_size)
+    settings = {name: value for name, value in saved.config.to_dict().items() if name not in _LEFT_OUT}
     prompt = json.dumps(_opening(saved.tokenizer), ensure_ascii=False)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gpt2\n- minigpt\n---",
         f"# {_plain(saved.config.preset)}",
         f"A GPT of {model.parameter_count():,} parameters, with a vocabulary of {model.vocab_size:,} tokens and a context of "
         f"{model.block_size:,}, trained by minigpt. Its files have GPT-2's names and shapes.",
-        _table("", "", _facts(saved, record)),
+        _table("of the run", "", _facts(saved, record)),
         f"![Loss, learning rate and gradient norm, step by step]({folder.CURVE})" if curve else "",
-        "## Use",
-        "In transformers, which writes as far as the context goes:",
-        f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this card's, or the name of its repository
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer({prompt}, return_tensors="pt")
-written = model.generate(**prompt, max_length={model.block_size}, do_sample=True, temperature=0.8)
-print(tokenizer.decode(written[0]))
-```""",
-        "In minigpt, `python scripts/generate.py --model .`, or:",
-        f"""```python
-from minigpt import gpt2
-from minigpt.model import GPT
-from minigpt.sampling import Sampling, speak
-
-found = gpt2.load(".")
-model = GPT.from_weights(found.config, found.weights).for_sampling()
-print("".join(speak(model, found.tokenizer, {prompt}, max_tokens=300, num_samples=1, sampling=Sampling())))
-```""",
+        _USE.format(prompt=prompt, block_size=model.block_size),
         "## Settings",
-        _table("setting", "value", {k: v for k, v in saved.config.to_dict().items() if k not in _LEFT_OUT}),
+        _table("setting", "value", settings),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _facts(saved: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
-    """What became of the run, and what made it; a line for each that is known."""
+    """What became of the run, and what made it; None for what is not known."""
     text, versions = record.get("text"), record.get("versions")
     loss = f"{saved.val_loss:.4f} nats per token" if math.isfinite(saved.val_loss) else "not measured"
-    facts = {
+    return {
         "validation loss": loss,
         "step": f"{saved.step:,} of {saved.config.max_steps:,}",
         "tokens read": f"{saved.tokens:,}",
@@ -101,7 +108,6 @@ def _facts(saved: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
         "commit": record.get("commit"),
     }
-    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _opening(tokenizer: Tokenizer) -> str:
@@ -114,8 +120,9 @@ def _opening(tokenizer: Tokenizer) -> str:
 
 
 def _table(left: str, right: str, rows: dict[str, Any]) -> str:
-    lines = [f"| {left} | {right} |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items())]
-    return "\n".join(lines)
+    """A table of what is not None."""
+    lines = [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *lines])
 
 
 def _plain(value: Any) -> str:

@@ -113,7 +113,7 @@ def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokeni
         array = np.zeros(shape) if left_out else weights[name].T if _turned(name) else weights[name]
         tensors[PREFIX + name] = np.ascontiguousarray(array, np.float32)
     _write(folder / CONFIG, _settings(config) | ids)
-    _write(folder / "generation_config.json", ids | {"pad_token_id": end})
+    _write(folder / "generation_config.json", ids)
     _write(folder / "tokenizer_config.json", exact | {"model_max_length": config.block_size} | symbols)
     (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     try:

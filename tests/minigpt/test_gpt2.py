@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from minigpt.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharToke
 from tests.minigpt.small import verse
 from tests.minigpt.torch_gpt import ids, scatter_weights
 
+ROOT = Path(__file__).parents[2]
 BLOCK, VOCAB = 16, 300
 WORDS = BPETokenizer.train([verse()], VOCAB)
 SHAPE = {"vocab_size": VOCAB, "n_positions": BLOCK, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -326,6 +329,35 @@ def test_the_arrays_are_adopted_and_no_others_drawn(saved: Path, monkeypatch: py
     model = GPT.from_weights(found.config, found.weights)
     assert all(p.data is found.weights[name] for name, p in model.named_parameters())
     assert all(a.flags.writeable and a.dtype == np.float32 for a in found.weights.values())
+
+
+RESIDENT = """
+import sys
+from minigpt.model import GPT
+
+def most() -> int:
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+before = most()
+model = GPT.from_pretrained(sys.argv[1])
+print((most() - before) / (4 * model.config.parameter_count()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process its largest size here")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    config = GPTConfig(vocab_size=4096, block_size=64, n_layer=4, n_head=8, n_embd=512, bias=True)
+    with tt.nn.init.skip():
+        model = GPT(config)
+    for p in model.parameters():
+        p.data[...] = 0.5
+    gpt2.dump(config, {name: p.data for name, p in model.named_parameters()}, CharTokenizer("ab"), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert 0.95 < float(done.stdout) < 1.35
 
 
 TEXT = verse(5) + "naïve €\r\n\ttwo  spaces , . 's n't \u2028é e\u0301😀\x00\x7f ROMEO:\n\n"
