@@ -13,6 +13,7 @@ import tyro
 from minigpt import checkpoint, folder
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
+from minigpt.interactive import Session, converse
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
 
@@ -68,6 +69,8 @@ class Generate:
     """how many continuations"""
     explain: Path | None = None
     """also write a page (HTML) that shows, for each token, the candidates and what every head read"""
+    interactive: bool = False
+    """read prompts line by line, from the keyboard or a pipe; :help there tells more (history: ~/.minigpt_history)"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arrays live"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -77,6 +80,8 @@ def generate() -> None:
     """Write verse with a trained model: `generate.py --prompt "ROMEO:" --max-tokens 200`."""
     try:
         args = tyro.cli(Generate)
+        if args.interactive:
+            _check_interactive(args)
         prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
         if args.prompt_file:
             prompt = args.prompt_file.read_text("utf-8")
@@ -84,6 +89,9 @@ def generate() -> None:
             _check_page(args.explain, args.num_samples)
         saved = checkpoint.load_run(args.run or checkpoint.newest_run())
         model, tokenizer = saved.build_model(args.device), saved.tokenizer
+        if args.interactive:
+            first = None if args.prompt is None and args.prompt_file is None else prompt
+            return converse(Session(model, tokenizer, args.sampling, args.max_tokens), saved.title(), first)
         page = Explanation(model, tokenizer, prompt, args.sampling, saved.title()) if args.explain else None
         drawn = page.drawn if page else None
         for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
@@ -96,6 +104,15 @@ def generate() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print()
+
+
+def _check_interactive(args: Generate) -> None:
+    if args.prompt == "-":
+        raise ValueError("--interactive reads its lines from standard input; leave out --prompt - and write the prompt there")
+    if args.num_samples != 1:
+        raise ValueError(f"--interactive writes one sample a line, not num_samples={args.num_samples}; leave out one of them")
+    if args.explain:
+        raise ValueError("--explain shows one continuation, --interactive writes many; leave out one of them")
 
 
 def _check_page(path: Path, num_samples: int) -> None:
