@@ -141,8 +141,8 @@ class Session:
 def _full(word: str) -> str:
     """The command that a word is or begins."""
     found = [name for name in COMMANDS if name.startswith(word)]
-    if word in found or len(found) == 1:
-        return word if word in found else found[0]
+    if len(found) == 1:
+        return found[0]
     if found:
         raise ValueError(f":{word} may be {' or '.join(found)}; write more of it")
     raise ValueError(f":{word} is none of {', '.join(COMMANDS)}; a prompt that begins with a colon is written with two")
@@ -228,10 +228,9 @@ class Keyboard:
         return line
 
     def _interrupted(self, *_: Any) -> None:
-        if not self.reading:
-            return self.session.stop()
-        self.reading = False  # so that a second one does not hit the handling of the first
-        raise KeyboardInterrupt
+        if self.reading:
+            raise KeyboardInterrupt
+        self.session.stop()
 
 
 def _completion(text: str, n: int) -> str | None:
