@@ -160,7 +160,6 @@ def converse(session: Session, title: str, prompt: str | None = None) -> None:
         print(f"{title}\n{session.settings}\nWrite a prompt; :help tells more.")
         with Keyboard(session) as keyboard:
             _converse(session, keyboard.read, prompt)
-        print()
     else:
         _converse(session, partial(_line, lambda _: input()), prompt)
 
@@ -216,6 +215,9 @@ class Keyboard:
                 return _line(self._ask)
             except KeyboardInterrupt:
                 print()
+            except EOFError:
+                print()
+                raise
 
     def _ask(self, prompt: str) -> str:
         try:

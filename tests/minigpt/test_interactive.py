@@ -336,7 +336,7 @@ def test_lines_are_remembered_between_programs_beside_those_of_others(home: Path
         two.enter("BERT:")
         one.enter("")
         two.type(":quit\n")
-        two.left()
+        assert two.left() == ":quit\n"
         one.process.kill()
     kept = [b"before %d" % i for i in range(6, KEPT + 5)]
     assert path.read_bytes().split(b"\n") == [*kept, b"not text \xff", b"ANNA:", b"BERT:", b":quit", b""]
