@@ -15,6 +15,7 @@ from minigpt import checkpoint, folder, gpt2, tokens
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
 from minigpt.export import export as write_files
+from minigpt.interactive import Session, converse
 from minigpt.model import GPT
 from minigpt.program import command
 from minigpt.run import Stopped, run
@@ -75,6 +76,8 @@ class Generate:
     """how many continuations"""
     explain: Path | None = None
     """also write a page (HTML) that shows, for each token, the candidates and what every head read"""
+    interactive: bool = False
+    """read prompts line by line, from the keyboard or a pipe; :help there tells more (history: ~/.minigpt_history)"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the arrays live"""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -84,12 +87,17 @@ def generate() -> None:
     """Write verse with a trained model: `generate.py --prompt "ROMEO:" --max-tokens 200`."""
     try:
         args = tyro.cli(Generate)
+        if args.interactive:
+            _check_interactive(args)
         prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
         if args.prompt_file:
             prompt = args.prompt_file.read_text("utf-8")
         if args.explain:
             _check_page(args.explain, args.num_samples)
         model, tokenizer, title = _voice(args)
+        if args.interactive:
+            first = None if args.prompt is None and args.prompt_file is None else prompt
+            return converse(Session(model, tokenizer, args.sampling, args.max_tokens), title, first)
         page = Explanation(model, tokenizer, prompt, args.sampling, title) if args.explain else None
         drawn = page.drawn if page else None
         for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
@@ -154,9 +162,8 @@ def export() -> None:
     try:
         args = tyro.cli(Export)
         folder = write_files(args.run, args.to, args.out_dir)
-        print(
-            f"{folder} holds the model, its tokenizer and a card; try: {command('generate')} --model {shlex.quote(str(folder))}"
-        )
+        print(f"the model, its tokenizer and a card are in {folder}")
+        print(f"to hear it: {command('generate')} --model {shlex.quote(str(folder))}")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -175,6 +182,15 @@ def _voice(args: Generate) -> tuple[GPT, Tokenizer, str]:
         raise ValueError(f"{args.model} has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside it")
     model = GPT.from_weights(found.config, found.weights)
     return model.to(args.device).for_sampling(), found.tokenizer, args.model
+
+
+def _check_interactive(args: Generate) -> None:
+    if args.prompt == "-":
+        raise ValueError("--interactive reads its lines from standard input; leave out --prompt - and write the prompt there")
+    if args.num_samples != 1:
+        raise ValueError(f"--interactive writes one sample a line, not num_samples={args.num_samples}; leave out one of them")
+    if args.explain:
+        raise ValueError("--explain shows one continuation, --interactive writes many; leave out one of them")
 
 
 def _check_page(path: Path, num_samples: int) -> None:

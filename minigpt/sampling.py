@@ -51,12 +51,18 @@ class Sampling:
             raise ValueError("the model's logits are not finite: its training diverged; train again with a smaller lr")
         if self.repetition_penalty != 1:
             seen = np.unique(context)
-            z[seen] = np.where(z[seen] > 0, z[seen] / self.repetition_penalty, z[seen] * self.repetition_penalty)
+            with np.errstate(over="ignore"):
+                z[seen] = np.where(z[seen] > 0, z[seen] / self.repetition_penalty, z[seen] * self.repetition_penalty)
+            if not np.isfinite(z.max()):
+                raise ValueError(
+                    f"repetition_penalty={self.repetition_penalty} takes logits beyond all numbers; choose one nearer to 1"
+                )
         if self.temperature == 0:
             p = np.zeros_like(z)
             p[z.argmax()] = 1
             return p
-        z = (z - z.max()) / self.temperature
+        with np.errstate(over="ignore"):  # of a temperature next to 0
+            z = (z - z.max()) / self.temperature
         order = np.argsort(-z, kind="stable")  # likeliest first
         p = np.exp(z[order])
         if self.top_k is not None:

@@ -213,8 +213,7 @@ def test_probabilities_are_probabilities(
     logits: list[float], temperature: float, top_k: int | None, top_p: float | None, penalty: float
 ) -> None:
     z = np.array(logits, np.float32)
-    with np.errstate(over="ignore"):  # of a temperature next to 0
-        p = Sampling(temperature, top_k, top_p, penalty).probabilities(z, np.arange(len(z) // 2))
+    p = Sampling(temperature, top_k, top_p, penalty).probabilities(z, np.arange(len(z) // 2))
     assert p.shape == z.shape
     assert (p >= 0).all()
     assert p.sum() == pytest.approx(1)
@@ -251,6 +250,14 @@ def test_a_model_that_diverged_says_so(temperature: float) -> None:
             Sampling(temperature).probabilities(logits, NONE)
         with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=r"logits are not finite"):
             next(generate(constant(logits), np.array([0]), 1, Sampling(temperature)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_settings_at_the_edge_of_numbers_choose_or_say_why_not() -> None:
+    with pytest.raises(ValueError, match=r"repetition_penalty=1e-320 takes logits beyond all numbers; choose one nearer to 1"):
+        Sampling(repetition_penalty=1e-320).probabilities(LOGITS, np.array([1]))
+    assert Sampling(1.0, repetition_penalty=1e308).probabilities(-LOGITS * 100, np.array([1, 3])).argmax() == 2
+    assert Sampling(temperature=1e-320).probabilities(LOGITS, NONE).tolist() == [0, 1, 0, 0, 0]
 
 
 def test_logits_of_minus_infinity_forbid_a_token() -> None:
