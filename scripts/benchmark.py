@@ -12,7 +12,7 @@ from benchmarks import suite
 
 def main(
     what: tyro.conf.Positional[
-        Literal["step", "ops", "generate", "scaling", "ranks", "quick", "imports", "gpu", "all"]
+        Literal["step", "ops", "generate", "scaling", "memory", "ranks", "quick", "imports", "gpu", "all"]
     ] = "all",
     rounds: int = 12,
     compiled: bool = True,
@@ -54,6 +54,8 @@ def main(
         suite.generate(report, rounds)
     if what in ("scaling", "all"):
         suite.scaling(report, rounds, plot)
+    if what in ("memory", "all"):
+        suite.memory(report, rounds)
     if what in ("ranks", "all"):
         suite.ranks(report, rounds)
     if what in ("imports", "all"):
