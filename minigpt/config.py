@@ -32,6 +32,7 @@ class GPTConfig:
     n_embd: int = 384
     dropout: float = 0.0
     bias: bool = True
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         _check_whole(self, vocab_size=1, block_size=1, n_layer=1, n_head=1, n_embd=1)
@@ -141,6 +142,9 @@ class TrainConfig:
     tokens, and at least two; more keep more cores busy. On a GPU one"""
     rank_timeout: int = 600
     """seconds without a step after which a job of several processes ends, because one of them hangs"""
+    checkpoint_activations: bool = False
+    """keep only the input of each transformer block for the backward pass, which computes the rest again: less memory, about a
+    third more arithmetic, the same bits"""
     profile: int | None = None
     """steps to profile, after the first two: a table, a timeline and a roofline of every op are put into the run's folder"""
     wandb: bool = True

@@ -134,8 +134,9 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} positions do not fit block_size={self.config.block_size}; crop the context")
         x = self.drop(self.wte(idx) + self.wpe.weight[past : past + T])  # (B, T, C)
+        recompute = self.config.checkpoint_activations and self.training and cache is None
         for block in self.h:
-            x = block(x, cache)
+            x = tt.checkpoint(block, x) if recompute else block(x, cache)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)

@@ -134,8 +134,10 @@ class Checkpoint(Op):
 class _Replay(Node):
     """A node that stands for a whole function: on its turn it records the function's graph and hands the gradient to that."""
 
-    __slots__ = ("f",)
+    __slots__ = ("f", "keys", "precision")
     f: Callable[..., Tensor]
+    keys: list[random.Key]  # of the random numbers that f drew
+    precision: state.Precision
     opaque = True  # what f closes over (its parameters) is not among the edges
 
     def pull(self, g: Any, create_graph: bool, send: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:
@@ -143,35 +145,32 @@ class _Replay(Node):
             super().pull(g, create_graph, send, wanted)  # raises: freed
             return
         self._check_unwritten([v.data for v in self.values if isinstance(v, Value)])
-        with state.lent((True, *state.settings()[1:])):
-            state.thread.call = self.call  # f belongs to the module that called it
+        # f belongs to the module that called it
+        with state.lent((True, self.precision, self.call, state.thread.observers)), random.noted(self.keys) as keys:
             y = self.f(*self.values[1:])
+        if keys != self.keys:
+            raise RuntimeError(
+                f"{self}: f drew {len(self.keys)} random arrays in forward, and not the same ones ({len(keys)}) when backward "
+                "ran it again; it must do the same both times, so call train() or eval() after backward"
+            )
         if y.node is not None:
             send(y.node, g)
 
 
 def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """f(*inputs) without keeping what happens inside f: backward runs f a second time, with the same dropout.
+    """f(*inputs) without keeping what happens inside f: backward runs f a second time, with the same random numbers.
 
-    f must return one tensor and give the same result when called again. Gradients reach the inputs and everything f closes
-    over. (Chen et al., "Training deep nets with sublinear memory cost", 2016.)
+    Gradients reach the inputs and everything f closes over, with the same bits as without it (derivatives of higher order are
+    sums in another order). f must return one tensor and do the same when called again. (Chen et al., "Training deep nets with
+    sublinear memory cost", 2016.)
     """
-    key, exactness = random.next_key("checkpoint"), precision.current()
-
-    def run(*args: Any) -> Tensor:
-        with (
-            precision.precision(exactness),
-            random.scope(key.seed, key.step, key.micro_step, first_call=(key.call + 1) << 20, place=key.place),
-        ):
-            return f(*args)
-
-    with state.no_grad():
-        y = run(*inputs)
+    with state.no_grad(), random.noted() as keys:
+        y = f(*inputs)
     if not isinstance(y, Tensor):
         raise TypeError(f"checkpoint: f must return one tensor, it returned {type(y).__name__}")
     if not state.is_grad_enabled() or not backend.is_float(y.dtype):
         return y
     edges = [x.node if isinstance(x, Value) else None for x in inputs]
     node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *inputs], None)
-    node.f = run
+    node.f, node.keys, node.precision = f, keys, precision.current()
     return Tensor(y.data, node)

@@ -18,7 +18,7 @@ def benchmark() -> None:
 
 def _measure(
     what: tyro.conf.Positional[
-        Literal["step", "ops", "generate", "scaling", "ranks", "quick", "imports", "gpu", "all"]
+        Literal["step", "ops", "generate", "scaling", "memory", "ranks", "quick", "imports", "gpu", "all"]
     ] = "all",
     rounds: int = 12,
     compiled: bool = True,
@@ -60,6 +60,8 @@ def _measure(
         suite.generate(report, rounds)
     if what in ("scaling", "all"):
         suite.scaling(report, rounds, plot)
+    if what in ("memory", "all"):
+        suite.memory(report, rounds)
     if what in ("ranks", "all"):
         suite.ranks(report, rounds)
     if what in ("imports", "all"):

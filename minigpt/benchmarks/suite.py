@@ -210,6 +210,25 @@ def _plot_lines(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def memory(report: Report, rounds: int) -> None:
+    """A step of GPT-2 124M at its context of 1,024, all activations kept, or the input of each block alone."""
+    model = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
+    peers = [
+        Peer(name, "ours:step", {"model": {**model, "checkpoint_activations": lean}, "rows": 4})
+        for name, lean in (("all activations", False), ("the input of each block", True))
+    ]
+    results = compare(peers, max(2, rounds // 4), warmup=1, progress=report.progress)
+    kept, rows = results[0], []
+    for r in results:
+        cells = [r.name, r.failed] if r.failed else [r.name, f"{r.peak_memory / 1e6:,.0f}", f"{r.median:.1f}"]
+        if r is not kept and not r.failed and not kept.failed:
+            cells += [f"{r.peak_memory / kept.peak_memory:.2f}×", _ratio_cell(r, kept)]
+        rows.append(cells + [""] * (5 - len(cells)))
+    columns = ["kept for backward", "peak MB", "s per step", "its memory / that of all", "its time / that of all"]
+    data = {r.name: {"seconds": r.seconds, "peak_memory": r.peak_memory} for r in results}
+    report.add("memory: GPT-2 124M, 4 × 1,024 tokens, forward, backward, clip, AdamW", columns, rows, data)
+
+
 def ranks(report: Report, rounds: int) -> None:
     """The `shakespeare` model on 1, 2 and 4 MPI ranks of this machine: one batch shared, and one that grows with them."""
     launcher = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

@@ -133,6 +133,7 @@ COMMON = {
     "save_interval": None,
     "max_skipped": 10,
     "rank_timeout": 600,
+    "checkpoint_activations": False,
     "profile": None,
     "wandb": True,
 }
@@ -174,8 +175,8 @@ def test_quick_is_for_minutes() -> None:
 
 
 def test_a_run_hands_its_shape_to_the_model() -> None:
-    config = TrainConfig(n_layer=1, n_head=2, n_embd=6, block_size=3, dropout=0.25, bias=True)
-    assert config.model(9) == GPTConfig(9, 3, 1, 2, 6, 0.25, True)
+    config = TrainConfig(n_layer=1, n_head=2, n_embd=6, block_size=3, dropout=0.25, bias=True, checkpoint_activations=True)
+    assert config.model(9) == GPTConfig(9, 3, 1, 2, 6, 0.25, True, True)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

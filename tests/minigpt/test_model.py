@@ -20,7 +20,8 @@ from tests.minigpt import torch_gpt
 from tests.minigpt.divergence import first_divergence
 from tests.minigpt.small import distance
 from tests.minigpt.torch_gpt import ids, scatter_weights, torch_copy
-from tinytensor import backend, nn, random
+from tinytensor import backend, random
+from tinytensor.inspect import detect_anomaly, ledger, profile
 
 SMALL = GPTConfig(vocab_size=11, block_size=7, n_layer=2, n_head=3, n_embd=12)
 
@@ -297,49 +298,83 @@ def test_gradients_with_dropout_are_those_of_the_masked_function() -> None:
     assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-6)
 
 
-class Recomputed(nn.Module):
-    """A block that keeps nothing of its inside."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-
-    def forward(self, x: tt.Tensor, cache: KVCache | None = None) -> tt.Tensor:
-        return tt.checkpoint(self.block, x)
+def lean(**changes: Any) -> GPT:
+    return make(replace(SMALL, checkpoint_activations=True, **changes), "float32")
 
 
-def recomputed(model: GPT) -> GPT:
-    model.h = nn.ModuleList(Recomputed(block) for block in model.h)
-    return model
-
-
-def test_recomputed_blocks_have_equal_gradients() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_activations_change_no_bits(dropout: float) -> None:
     x, y = batch()
-    plain, other = make(), recomputed(make())
-    losses = [model(x, y)[1] for model in (plain, other)]
-    assert losses[0].item() == losses[1].item()
-    for loss in losses:
-        loss.backward()
-    for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
-        assert p.shape == q.shape
-        assert distance(q.grad, p.grad) < 1e-12, name
-
-
-def test_recomputed_blocks_see_the_same_dropout_again() -> None:
-    model = recomputed(make(replace(SMALL, dropout=0.3)))
-    x, y = batch()
-
-    def loss() -> tt.Tensor:
+    plain, other = make(replace(SMALL, dropout=dropout), "float32"), lean(dropout=dropout)
+    losses = []
+    for model in (plain, other):
         with random.scope(5):
-            return model(x, y)[1]
+            losses.append(model(x, y)[1])
+        losses[-1].backward()
+    assert losses[0].item() == losses[1].item()
+    for (name, p), q in zip(plain.named_parameters(), other.parameters(), strict=True):
+        assert p.grad.numpy().tobytes() == q.grad.numpy().tobytes(), name
 
-    loss().backward()
-    p = model.h[0].block.mlp.c_fc.weight
-    slope = p.grad.numpy().copy()[3, 4]
-    ends = []
-    for step in (1e-6, -2e-6):
-        p.data[3, 4] += step
-        ends.append(loss().item())
-    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+def test_blocks_run_again_only_for_gradients_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *inputs: runs.append(self) or forward(self, *inputs))
+    model, (x, y) = lean(), batch()
+    first, last = model.h
+
+    def backward() -> list[Block]:
+        runs.clear()
+        model(x, y)[1].backward()
+        return runs
+
+    assert backward() == [first, last, last, first]
+    model.eval()
+    assert backward() == [first, last]
+    model.train()
+    runs.clear()
+    cache = KVCache(SMALL, len(x))
+    with tt.no_grad():
+        model(x, y)
+        model.features(x, cache)
+    assert runs == [first, last] * 2 and cache.memory.all()
+
+
+def test_what_checkpointed_activations_hold() -> None:
+    """The input of each block; and of what is outside of the blocks the same as without."""
+    x, y = batch()
+    plain, other = (ledger(model(x, y)[1]) for model in (make(dtype="float32"), lean()))
+    assert [module for module in plain.by("module") if module.startswith("h.")]
+    assert not [module for module in other.by("module") if module.startswith("h.")]
+    assert other.by("op")["checkpoint"] == SMALL.n_layer * x.size * SMALL.n_embd * 4
+    for module in ("ln_f", "wte", "wpe"):
+        assert other.by("module").get(module) == plain.by("module").get(module)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_anomaly_in_checkpointed_activations_is_named_as_without(where: str) -> None:
+    messages, (x, y) = [], batch()
+    for model in (make(dtype="float32"), lean()):
+        mlp = model.h[1].mlp
+        mlp.c_fc.weight.data *= 1e38 if where == "forward" else 1e20
+        mlp.c_proj.weight.data *= 1e-20
+        with pytest.raises(FloatingPointError) as caught, np.errstate(all="ignore"), detect_anomaly():
+            (model(x, y)[1] * (1 if where == "forward" else 1e38)).backward()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert " in h.1.mlp" in messages[1] and messages[1].startswith("backward of ") == (where == "backward")
+
+
+def test_a_profile_counts_checkpointed_activations_twice() -> None:
+    x, y = batch()
+    counts = []
+    for model in (make(dtype="float32"), lean()):
+        with profile() as p:
+            model(x, y)[1].backward()
+        rows = {row.name: row for row in p.by("module")}
+        counts.append({name: (row.forward.calls, row.backward.calls) for name, row in rows.items()})
+    plain, other = counts
+    assert other["h.*.mlp.c_fc"] == (2 * plain["h.*.mlp.c_fc"][0], plain["h.*.mlp.c_fc"][1]) == (4, 2)
+    assert other["ln_f"] == plain["ln_f"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])

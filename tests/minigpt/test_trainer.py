@@ -107,6 +107,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert seconds == sorted(seconds)  # the clock goes on, too
 
 
+def test_activations_may_be_checkpointed_or_not_from_one_step_to_the_next(config: TrainConfig) -> None:
+    config = replace(config, max_steps=8, dropout=0.2, lr=1e-2, min_lr=1e-2, warmup_steps=0)
+    whole = record(run(replace(config, out_dir=Path("whole"))))
+    out_dir = run(replace(config, max_steps=3, checkpoint_activations=True))
+    run(replace(config, max_steps=6, resume=True))
+    run(replace(config, resume=True, checkpoint_activations=True))
+    assert record(out_dir)["metrics"][3:6] == whole["metrics"][3:6]
+    assert record(out_dir) == whole
+
+
 def test_a_run_may_be_interrupted_more_than_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config, max_steps=10, dropout=0.2)
     whole = record(run(replace(config, out_dir=Path("whole"))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -541,31 +542,84 @@ def test_checkpoint_of_checkpoints() -> None:
         close(a, g)
 
 
-def test_checkpoint_repeats_its_dropout() -> None:
+def checkpointed(f: Callable[..., tt.Tensor]) -> Callable[..., tt.Tensor]:
+    return lambda *inputs: tt.checkpoint(f, *inputs)
+
+
+@pytest.mark.parametrize("scoped", [True, False])
+@pytest.mark.parametrize("around", [checkpointed, lambda f: checkpointed(checkpointed(f))], ids=["once", "nested"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_checkpoint_changes_no_bits(around: Any, scoped: bool, create_graph: bool) -> None:
+    """Neither of values and gradients, nor of the random numbers that are drawn after f and after backward."""
+    values, weights = RNG.normal(size=(4, 3)), RNG.normal(size=(3, 3))
+
+    def run(around: Callable[[Any], Any]) -> list[Any]:
+        x, w = leaf(values, "float32"), leaf(weights, "float32")
+
+        def f(x: tt.Tensor) -> tt.Tensor:
+            h = block(tt.dropout(x, 0.3), w, 0.5)
+            with tt.random.scope(9):
+                return block(h, w, 0.2) + tt.dropout(h, 0.4)
+
+        tt.manual_seed(5)
+        with tt.random.scope(7, 8, 9) if scoped else contextlib.nullcontext():
+            h = around(f)(tt.dropout(x, 0.1))
+            loss = (around(f)(tt.dropout(h, 0.1) * w.sum()) ** 2).sum()
+            seen = [h, loss, tt.rand(3)]
+            first = tt.grad(loss, [x, w], create_graph=create_graph)
+            seen += [*first, tt.rand(3)]
+        return [t.detach().numpy().tobytes() for t in [*seen, tt.rand(3)]]
+
+    assert run(around) == run(lambda f: f)
+
+
+def test_checkpoint_repeats_its_dropout_while_others_draw() -> None:
     x = tt.ones(1000, requires_grad=True)
-    y = tt.checkpoint(lambda x: tt.dropout(tt.dropout(x, 0.5) + 1, 0.3), x)
-    z = tt.checkpoint(lambda x: tt.dropout(tt.dropout(x, 0.5) + 1, 0.3), x)
-    after = tt.rand(5)
-    y.sum().backward()
+    with ThreadPoolExecutor(1) as other:
+
+        def f(x: tt.Tensor) -> tt.Tensor:
+            h = tt.dropout(x, 0.5) + 1
+            other.submit(tt.rand, 1).result()
+            return tt.dropout(h, 0.3)
+
+        y = tt.checkpoint(f, x)
+        tt.manual_seed(3)
+        y.sum().backward()
     kept = y.data > 2
     np.testing.assert_array_equal(x.grad.data > 0, kept)  # x counts where both masks kept it
     assert 200 < kept.sum() < 500
-    assert (y.data != z.data).any()  # two calls, two masks
-    tt.manual_seed(0)
-    tt.checkpoint(lambda x: x * 2, x)
-    tt.checkpoint(lambda x: x * 2, x)
-    assert tt.rand(5).tolist() == after.tolist()  # what f draws does not shift what follows
+
+
+def test_checkpoint_refuses_another_dropout_than_that_of_forward() -> None:
+    x, dropout = leaf(np.ones(5)), tt.nn.Dropout(0.5)
+    y = tt.checkpoint(lambda x: dropout(x) * 2, x)
+    dropout.eval()
+    with pytest.raises(RuntimeError, match=r"checkpoint at .*: f drew 1 random arrays in forward, and not the same ones \(0\)"):
+        y.sum().backward()
+    z = tt.checkpoint(lambda x: dropout(x) * 2, x)
+    dropout.train()
+    with pytest.raises(RuntimeError, match=r"f drew 0 random arrays in forward, .* \(1\) .* call train\(\) or eval\(\) after"):
+        z.sum().backward()
+    streams = iter("ab")
+    w = tt.checkpoint(lambda x: x * tt.random.next_key(next(streams)).call, x)
+    with pytest.raises(RuntimeError, match=r"f drew 1 random arrays in forward, and not the same ones \(1\)"):
+        w.sum().backward()
+    assert x.grad is None
 
 
 def test_checkpoint_is_differentiated_twice() -> None:
     x, w = leaf(RNG.normal(size=(2, 3))), leaf(RNG.normal(size=(3, 3)))
 
-    def second(y: tt.Tensor) -> tuple[Any, ...]:
-        g = tt.grad((y**3).sum(), [x, w], create_graph=True)
-        return tt.grad(sum((h * h).sum() for h in g), [x, w])
+    def second(around: Callable[[Any], Any]) -> tuple[Any, ...]:
+        with tt.random.scope(5):
+            y = around(lambda x: block(x, w, 0.3))(x)
+            g = tt.grad((y**3).sum(), [x, w], create_graph=True)
+            return tt.grad(sum((h * h).sum() for h in g), [x, w])
 
-    for a, b in zip(second(tt.checkpoint(lambda x: block(x, w), x)), second(block(x, w)), strict=True):
-        close(a, b, 1e-10)
+    plain = second(lambda f: f)
+    for around in (checkpointed, lambda f: checkpointed(checkpointed(f))):
+        for a, b in zip(second(around), plain, strict=True):
+            close(a, b, 1e-10)
 
 
 def test_checkpoint_reaches_results_that_it_closes_over() -> None:

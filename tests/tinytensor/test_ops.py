@@ -20,6 +20,7 @@ import tinytensor as tt
 from tinytensor import backend, ops
 from tinytensor.autograd import Node, Op
 from tinytensor.backend import Into
+from tinytensor.inspect import ledger
 from tinytensor.ops.elementwise import ToDevice
 from tinytensor.testing import GradientMismatch, gradcheck, gradgradcheck
 
@@ -336,6 +337,25 @@ def test_unsigned_integers_do_not_wrap() -> None:
     assert tt.mse_loss(tt.tensor([3], "uint8"), tt.tensor([5], "uint8")).item() == 4
     assert tt.prod(tt.tensor([100, 100], "int8")).item() == 10_000
     assert tt.exp(tt.tensor([12], "int8")).item() == pytest.approx(math.exp(12), rel=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(5000, 65), (37, 20_000), (1, 1)])
+def test_cross_entropy_keeps_its_logits_and_two_numbers_a_row(rows: int, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    values, targets = rng.normal(0, 3, (rows, classes)), rng.integers(0, classes, rows)
+    x = tt.tensor(values, "float32", requires_grad=True)
+    loss = tt.cross_entropy(x * 1, targets)
+    held = ledger(loss)
+    assert {p.role: p.bytes for p in held.pieces if p.op == "cross_entropy"} == {
+        "logits": 4 * x.size,
+        "targets": 8 * rows,
+        "kernel": 4 * rows,
+    }
+    assert sum(p.role == "kernel" for p in held.pieces) == 2
+    loss.backward()
+    theirs = torch.tensor(values, dtype=torch.float32, requires_grad=True)
+    F.cross_entropy(theirs, torch.tensor(targets)).backward()
+    np.testing.assert_allclose(x.grad.numpy(), theirs.grad.numpy(), 1e-4, 1e-9)
 
 
 def test_a_masked_logit_costs_nothing() -> None:

@@ -376,13 +376,12 @@ def test_a_key_gives_the_same_numbers_in_any_thread_and_order() -> None:
 
 
 def test_scope() -> None:
-    def draw(step: int, micro_step: int = 0, first_call: int = 0) -> list[float]:
-        with random.scope(5, step, micro_step, first_call):
+    def draw(step: int, micro_step: int = 0) -> list[float]:
+        with random.scope(5, step, micro_step):
             return [*tt.rand(2).tolist(), *tt.rand(2).tolist()]
 
     once = draw(3)
     assert draw(3) == once and draw(4) != once and draw(3, 1) != once
-    assert draw(3, first_call=1)[:2] == once[2:]
     with random.scope(5, 3):
         inner = draw(4)
         outside = tt.rand(2).tolist()

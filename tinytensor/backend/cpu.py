@@ -240,26 +240,30 @@ class DropoutAdd:
         return (lambda: Dropout.vjp(g, y, x, p, key, residual)), g
 
 
-@register_kernel("cpu", "cross_entropy")
+@register_kernel("cpu", "cross_entropy", saves="logits")
 class CrossEntropy:
-    """Keeps the probabilities; the one-hot targets are never made."""
+    """A block of rows at a time; keeps the largest logit m and Σeˢ⁻ᵐ of each row. The one-hot targets are never made."""
 
     def forward(logits, targets, ignore_index, label_smoothing):
-        counted = targets != ignore_index
-        n = int(np.count_nonzero(counted))
-        if not _plain(logits) or label_smoothing or n < len(targets):
+        n = len(targets)
+        if not _plain(logits) or label_smoothing or (targets == ignore_index).any():
             return NotImplemented
-        z = logits - logits.max(axis=-1, keepdims=True)
-        picked = z[np.arange(n), targets]
-        np.exp(z, out=z)
-        total = z @ np.ones(z.shape[1], z.dtype)
-        loss = (np.log(total) - picked).sum() / n
-        z /= total[:, None]
-        return loss.astype(logits.dtype), z
+        top, ones = logits.max(axis=-1, keepdims=True), np.ones(logits.shape[1], logits.dtype)
+        total = np.empty_like(top)
+        for b in _blocks(*logits.shape):
+            z = logits[b] - top[b]
+            total[b, 0] = np.exp(z, out=z) @ ones
+        loss = (np.log(total[:, 0]) - (logits[np.arange(n), targets] - top[:, 0])).sum() / n
+        return loss.astype(logits.dtype), (top, total)
 
     def vjp(g, y, logits, targets, ignore_index, label_smoothing, residual):
-        n = len(targets)
-        dlogits = residual * (g / n)
+        n, (top, total) = len(targets), residual
+        dlogits = np.empty_like(logits)
+        for b in _blocks(*logits.shape):
+            p = np.subtract(logits[b], top[b], out=dlogits[b])
+            np.exp(p, out=p)
+            p /= total[b]
+            p *= g / n
         dlogits[np.arange(n), targets] -= g / n
         return dlogits
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -74,13 +74,19 @@ def keep_probability(p: float) -> float:
     return 1 - drop_threshold(p) / 65536
 
 
+_default_seed = 0
+_default_calls = itertools.count()
+
+
+def _of_the_process(stream: str) -> Key:
+    return Key(_default_seed, stream, call=next(_default_calls))
+
+
 class _Local(threading.local):
-    scope: tuple[int, int, int, Iterator[int], Array | None] | None = None
+    draw: Callable[[str], Key] = staticmethod(_of_the_process)
 
 
 _local = _Local()
-_default_seed = 0
-_default_calls = itertools.count()
 
 
 def manual_seed(seed: int) -> None:
@@ -89,20 +95,38 @@ def manual_seed(seed: int) -> None:
     _default_seed, _default_calls = int(seed), itertools.count()
 
 
+def next_key(stream: str) -> Key:
+    """A key that nobody else has: the next call number of the current scope."""
+    return _local.draw(stream)
+
+
 @contextmanager
-def scope(seed: int, step: int = 0, micro_step: int = 0, first_call: int = 0, place: Array | None = None) -> Iterator[None]:
-    """Within this block (of this thread) `next_key` counts from `first_call` at (seed, step, micro_step)."""
-    outer = _local.scope
-    _local.scope = (int(seed), int(step), int(micro_step), itertools.count(first_call), place)
+def _drawing(draw: Callable[[str], Key]) -> Iterator[None]:
+    outer, _local.draw = _local.draw, draw
     try:
         yield
     finally:
-        _local.scope = outer
+        _local.draw = outer
 
 
-def next_key(stream: str) -> Key:
-    """A key that nobody else has: the next call number of the current scope."""
-    if _local.scope is None:
-        return Key(_default_seed, stream, call=next(_default_calls))
-    seed, step, micro_step, calls, place = _local.scope
-    return Key(seed, stream, step, micro_step, next(calls), place)
+@contextmanager
+def scope(seed: int, step: int = 0, micro_step: int = 0, place: Array | None = None) -> Iterator[None]:
+    """Within this block (of this thread) `next_key` counts from 0 at (seed, step, micro_step)."""
+    seed, step, micro_step, calls = int(seed), int(step), int(micro_step), itertools.count()
+    with _drawing(lambda stream: Key(seed, stream, step, micro_step, next(calls), place)):
+        yield
+
+
+@contextmanager
+def noted(again: Sequence[Key] = ()) -> Iterator[list[Key]]:
+    """Within this block `next_key` hands out the keys `again`, then goes on as it does outside; the list has all of them."""
+    left, outer = iter(again), _local.draw
+    keys: list[Key] = []
+
+    def draw(stream: str) -> Key:
+        key = next(left, None)
+        keys.append(outer(stream) if key is None else key._replace(stream=stream))
+        return keys[-1]
+
+    with _drawing(draw):
+        yield keys
