@@ -1,6 +1,7 @@
 """Text to ids and back: every text that goes in comes out."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -121,3 +122,10 @@ def test_unknown_kinds_are_refused() -> None:
             tokenizer.from_dict(state)
     with pytest.raises(ValueError, match=r"tokenizer kind 'word' is not known"):
         make_tokenizer("word", "text")
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for make in (lambda: BPETokenizer("{}"), lambda: BPETokenizer.train([])):
+        with pytest.raises(RuntimeError, match=r'^a BPE tokenizer needs the package tokenizers .*; pip install -e "\.\[hf\]"$'):
+            make()
