@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +27,21 @@ from minigpt.tokenizer import Tokenizer
 STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can be resumed (EX_TEMPFAIL of sysexits.h)
 
 
+@contextmanager
+def told(interrupted: str) -> Iterator[None]:
+    """What goes wrong within this block, or Ctrl-C, ends the program with one sentence."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError as error:
+        sys.exit(f"error: out of memory ({error}); use a smaller model or --micro-batch")
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(interrupted)
+
+
 def train() -> None:
     """Train a GPT: `minigpt train [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
     args = sys.argv[1:]
@@ -32,7 +49,7 @@ def train() -> None:
     if preset not in PRESETS:
         sys.exit(f"error: preset {preset!r} is not known; choose {', '.join(PRESETS)}")
     description = f"Train a GPT. Presets, as the first word: {', '.join(PRESETS)}. These are the settings of {preset}."
-    try:
+    with told("interrupted before the first step"):
         config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
         saved = None
         if config.prove_resume:
@@ -47,15 +64,10 @@ def train() -> None:
             config = tyro.cli(TrainConfig, default=own, args=args, description=description)
         elif config.preset != preset:
             raise ValueError(f"--preset only names a run; for its settings write: {command('train')} {config.preset}")
-        run(config, saved)
-    except Stopped:
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        sys.exit("interrupted before the first step")
-    except MemoryError as error:
-        sys.exit(f"error: out of memory ({error}); use a smaller model or --micro-batch")
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        try:
+            run(config, saved)
+        except Stopped:
+            sys.exit(STOPPED)
 
 
 @dataclass(frozen=True)
@@ -85,15 +97,15 @@ class Generate:
 
 def generate() -> None:
     """Write verse with a trained model: `generate.py --prompt "ROMEO:" --max-tokens 200`."""
-    try:
+    with told(""):
         args = tyro.cli(Generate)
         if args.interactive:
             _check_interactive(args)
+        if args.explain:
+            _check_page(args.explain, args.num_samples)
         prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
         if args.prompt_file:
             prompt = args.prompt_file.read_text("utf-8")
-        if args.explain:
-            _check_page(args.explain, args.num_samples)
         model, tokenizer, title = _voice(args)
         if args.interactive:
             first = None if args.prompt is None and args.prompt_file is None else prompt
@@ -104,12 +116,6 @@ def generate() -> None:
             print(text, end="", flush=True)
         if args.explain and page:
             page.write(args.explain)
-    except BrokenPipeError:  # the reader has seen enough, as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print()
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,9 @@ class Prepare:
 
 def prepare() -> None:
     """Make tokens of texts: `prepare.py texts/ --out-dir data/mine --vocab-size 8192`."""
-    try:
-        args = tyro.cli(Prepare)
+    args = tyro.cli(Prepare)
+    with told(f"interrupted; {args.out_dir} was not made"):
         made = tokens.prepare(args.data, args.out_dir, args.tokenizer, args.vocab_size, args.column)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; {args.out_dir} was not made")
     print(
         f"{made.source}: {made.characters:,} characters, SHA-256 {made.sha256[:12]}…\n"
         f"{len(made.ids):,} tokens of a vocabulary of {made.tokenizer.vocab_size:,} are in {made.path}, "
@@ -159,15 +161,11 @@ class Export:
 
 def export() -> None:
     """Write a trained model for other programs: `export.py runs/quick --to hf`."""
-    try:
-        args = tyro.cli(Export)
-        folder = write_files(args.run, args.to, args.out_dir)
-        print(f"the model, its tokenizer and a card are in {folder}")
-        print(f"to hear it: {command('generate')} --model {shlex.quote(str(folder))}")
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
+    args = tyro.cli(Export)
+    with told("interrupted; nothing was written"):
+        made = write_files(args.run, args.to, args.out_dir)
+    print(f"the model, its tokenizer and a card are in {made}")
+    print(f"to hear it: {command('generate')} --model {shlex.quote(str(made))}")
 
 
 def _voice(args: Generate) -> tuple[GPT, Tokenizer, str]:

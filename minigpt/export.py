@@ -59,13 +59,14 @@ def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there already; remove it, or choose another folder with --out-dir")
     saved = checkpoint.load_run(run)
-    unfinished = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    curve = home / folder.CURVE
+    unfinished = out.parent / f"{out.resolve().name}.{os.getpid()}.tmp"
     try:
         unfinished.mkdir(parents=True)
         gpt2.dump(saved.config.model(saved.tokenizer.vocab_size), saved.model, saved.tokenizer, unfinished)
-        if (home / folder.CURVE).is_file():
-            shutil.copyfile(home / folder.CURVE, unfinished / folder.CURVE)
-        (unfinished / CARD).write_text(card(saved, folder.read_record(home), (home / folder.CURVE).is_file()), encoding="utf-8")
+        if curve.is_file():
+            shutil.copyfile(curve, unfinished / folder.CURVE)
+        (unfinished / CARD).write_text(card(saved, folder.read_record(home), curve.is_file()), encoding="utf-8")
         if out.exists():
             out.rmdir()  # not every system renames over a folder, even an empty one
         os.rename(unfinished, out)

@@ -8,10 +8,15 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from minigpt import hub
+from minigpt import gpt2, hub
+from minigpt.config import GPTConfig
+from minigpt.model import GPT
+from minigpt.tokenizer import CharTokenizer
+from tests.minigpt.small import verse
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789" * 4
@@ -27,6 +32,12 @@ for source, name in json.loads(sys.argv[1]):
         print(json.dumps(path and path.read_text()))
     except Exception as error:
         print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+LOAD = """
+from minigpt import gpt2
+found = gpt2.load("someone/whole")
+print(found.tokenizer.encode("ANNA:").tolist())
+print(float(found.weights["wpe.weight"].sum()))
 """
 
 
@@ -64,11 +75,16 @@ def hub_on_this_machine() -> Iterator[ThreadingHTTPServer]:
 
 
 def ask(home: Path, port: int, *wanted: tuple[str, str]) -> list[str | None]:
-    """What find() gives in a process of its own, for the package reads its environment once."""
+    """What find() gives."""
+    return execute(home, port, ASK, json.dumps(wanted))
+
+
+def execute(home: Path, port: int, code: str, *args: str) -> list[Any]:
+    """What code prints in a process of its own, for the package reads its environment once."""
     ours = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     away = {"HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE"}
     kept = {name: value for name, value in os.environ.items() if name not in away}
-    command = [sys.executable, "-c", ASK, json.dumps(wanted)]
+    command = [sys.executable, "-c", code, *args]
     done = subprocess.run(command, cwd=home, env=kept | ours, capture_output=True, text=True, check=True, timeout=60)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -86,6 +102,22 @@ def test_a_file_comes_from_the_hub_once_and_then_from_the_cache(tmp_path: Path, 
     assert last.startswith("OSError: someone/small is no folder, the hub's cache does not have its merges.txt, and http://127")
     assert last.endswith("; connect to the network, or name a folder")
     assert "\n" not in last
+
+
+def test_a_whole_model_comes_from_the_hub_and_then_from_the_cache(
+    tmp_path: Path, server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = CharTokenizer.from_text(verse())
+    model = GPT(GPTConfig(words.vocab_size, 8, 1, 1, 8))
+    (tmp_path / "model").mkdir()
+    gpt2.dump(model.config, model.state_dict(), words, tmp_path / "model")
+    for path in (tmp_path / "model").iterdir():
+        monkeypatch.setitem(FILES, f"/someone/whole/resolve/main/{path.name}", path.read_bytes())
+    expected = [words.encode("ANNA:").tolist(), float(model.wpe.weight.data.sum())]
+    assert execute(tmp_path, server.server_port, LOAD) == expected
+    server.shutdown()
+    server.server_close()
+    assert execute(tmp_path, server.server_port, LOAD) == expected
 
 
 def test_what_the_hub_refuses_is_one_sentence(tmp_path: Path, server: ThreadingHTTPServer) -> None:

@@ -107,6 +107,19 @@ def test_a_tokenizer_survives_json(text: str) -> None:
         assert again.to_dict() == made.to_dict()
 
 
+EVERY_BYTE = "".join(chr(c) for c in (*range(0x900), *range(0x900, 0x110000, 911)) if not 0xD800 <= c < 0xE000)
+
+
+@given(text=UTF8.filter(bool))
+@example(text=EVERY_BYTE)
+def test_the_json_of_a_tokenizer_gives_the_same_ids(text: str) -> None:
+    for made in (make_tokenizer("char", text), make_tokenizer("byte", text)):
+        read = BPETokenizer(made.to_json())
+        assert read.encode(text).tolist() == made.encode(text).tolist()
+        assert read.decode(made.encode(text)) == text
+        assert (read.vocab_size, read.end_of_text) == (made.vocab_size, None)
+
+
 def test_unknown_kinds_are_refused() -> None:
     for state in ({"kind": "word"}, {}):
         with pytest.raises(ValueError, match=r"is not known; use 'char', 'byte' or 'bpe'"):
