@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,7 @@ def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokeni
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder / WEIGHTS} could not be written ({error})") from None
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets none but its owner read a file
 
 
 def _settings(config: GPTConfig) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def test_a_run_becomes_a_folder_that_transformers_reads(run: Path) -> None:
     before = names(run)
     out = export(run)
     assert (out, names(out), names(run)) == (run / "hf", FILES, sorted([*before, "hf"]))
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     saved = checkpoint.load_run(run)
     prompt = saved.tokenizer.encode("ANNA:")[None]
     with tt.no_grad():
