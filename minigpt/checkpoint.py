@@ -56,8 +56,8 @@ class Checkpoint:
 
     def build_model(self, device: str = "cpu") -> GPT:
         """The model of this checkpoint, with its weights, ready to speak."""
-        model = GPT.from_weights(self.config.model(self.tokenizer.vocab_size), self.model)
-        return model.to(device).for_sampling()
+        weights = {name: array.copy() for name, array in self.model.items()}
+        return GPT.from_weights(self.config.model(self.tokenizer.vocab_size), weights).to(device).for_sampling()
 
     def title(self) -> str:
         """What this is, in a few words."""

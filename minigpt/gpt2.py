@@ -72,10 +72,10 @@ def load(source: str | Path, dropout: float = 0.0) -> Pretrained:
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows for them; "
             "use the tokenizer that the model was trained with"
         )
-    weights = {name: places[name].read() for name in shapes}
+    weights = {name: _turned(name, places[name].read()) for name in shapes}
     if HEAD in places and not np.array_equal(places[HEAD].read(), weights["wte.weight"], equal_nan=True):
         raise ValueError(f"{source}: {HEAD} is not wte.weight, as it always is here; use a model with tied embeddings")
-    return Pretrained(config, {name: a.T if _turned(name) else a for name, a in weights.items()}, tokenizer)
+    return Pretrained(config, weights, tokenizer)
 
 
 class _Place(NamedTuple):
@@ -87,13 +87,13 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """The tensor in float32. Read, not mapped, or pages of the file would be in memory beside it."""
+        """The tensor. Read, not mapped, or pages of the file would be in memory beside it."""
         flat = np.fromfile(self.path, _DTYPES[self.dtype], math.prod(self.shape), offset=self.offset)
         if flat.size != math.prod(self.shape):
             raise OSError(f"{self.path} became shorter while it was read; load it again")
         if self.dtype == "BF16":  # the upper half of a float32
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        return flat.astype(np.float32, copy=False).reshape(self.shape)
+        return flat.reshape(self.shape)
 
 
 def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: Path) -> None:
@@ -111,8 +111,7 @@ def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokeni
     tensors = {}
     for name, shape in _shapes(config).items():
         left_out = name.endswith("bias") and not config.bias
-        array = np.zeros(shape) if left_out else weights[name].T if _turned(name) else weights[name]
-        tensors[PREFIX + name] = np.ascontiguousarray(array, np.float32)
+        tensors[PREFIX + name] = np.zeros(shape, np.float32) if left_out else _turned(name, weights[name])
     _write(folder / CONFIG, _settings(config) | ids)
     _write(folder / "generation_config.json", ids)
     _write(folder / "tokenizer_config.json", exact | {"model_max_length": config.block_size} | symbols)
@@ -250,9 +249,10 @@ def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _turned(name: str) -> bool:
-    """Whether the file has the transpose of our matrix."""
-    return name.startswith("h.") and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+def _turned(name: str, array: np.ndarray) -> np.ndarray:
+    """A file's array as it is here, or ours as it is there, where the matrices within blocks are (in, out), not (out, in)."""
+    within = name.startswith("h.") and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return np.ascontiguousarray(array.T if within else array, np.float32)
 
 
 def _tokenizer(source: str) -> Tokenizer | None:
