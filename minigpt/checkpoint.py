@@ -19,6 +19,7 @@ import numpy as np
 
 from minigpt import facts, tokenizer
 from minigpt.config import TrainConfig
+from minigpt.gpt2 import Pretrained
 from minigpt.model import GPT
 from minigpt.program import command
 
@@ -56,13 +57,13 @@ class Checkpoint:
 
     def build_model(self, device: str = "cpu") -> GPT:
         """The model of this checkpoint, with its weights, ready to speak."""
-        weights = {name: array.copy() for name, array in self.model.items()}
-        return GPT.from_weights(self.config.model(self.tokenizer.vocab_size), weights).to(device).for_sampling()
+        found = self.pretrained()
+        return GPT.from_weights(found.config, {k: a.copy() for k, a in found.weights.items()}).to(device).for_sampling()
 
-    def title(self) -> str:
-        """What this is, in a few words."""
-        steps = f"{self.step:,} step{'s' * (self.step != 1)}"
-        return f"{self.config.preset} after {steps}, validation loss {self.val_loss:.3f}"
+    def pretrained(self) -> Pretrained:
+        """The model alone."""
+        title = f"{self.config.preset} after {self.step:,} step{'s' * (self.step != 1)}, validation loss {self.val_loss:.3f}"
+        return Pretrained(self.config.model(self.tokenizer.vocab_size), self.model, self.tokenizer, title)
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

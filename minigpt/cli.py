@@ -2,72 +2,53 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from minigpt import checkpoint, folder, gpt2, tokens
+from minigpt import checkpoint, folder, start, tokens
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.explain import Explanation
-from minigpt.export import export as write_files
+from minigpt.export import write_folder
 from minigpt.interactive import Session, converse
 from minigpt.model import GPT
-from minigpt.program import command
+from minigpt.program import command, errors_as_sentences
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
-from minigpt.tokenizer import Tokenizer
 
 STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can be resumed (EX_TEMPFAIL of sysexits.h)
 
 
-@contextmanager
-def told(interrupted: str) -> Iterator[None]:
-    """What goes wrong within this block, or Ctrl-C, ends the program with one sentence."""
-    try:
-        yield
-    except BrokenPipeError:  # the reader has seen enough, as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MemoryError as error:
-        sys.exit(f"error: out of memory ({error}); use a smaller model or --micro-batch")
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(interrupted)
-
-
+@errors_as_sentences("interrupted before the first step")
 def train() -> None:
     """Train a GPT: `minigpt train [quick | shakespeare | nanogpt-char | nanogpt-cpu] [--flags]`."""
     args = sys.argv[1:]
     preset = args.pop(0) if args and not args[0].startswith("-") else "shakespeare"
     if preset not in PRESETS:
-        sys.exit(f"error: preset {preset!r} is not known; choose {', '.join(PRESETS)}")
+        raise ValueError(f"preset {preset!r} is not known; choose {', '.join(PRESETS)}")
     description = f"Train a GPT. Presets, as the first word: {', '.join(PRESETS)}. These are the settings of {preset}."
-    with told("interrupted before the first step"):
-        config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
-        saved = None
-        if config.prove_resume:
-            from minigpt.prove import prove_resume
+    config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
+    saved = None
+    if config.prove_resume:
+        from minigpt.prove import prove_resume
 
-            graph = "--cuda-graph" if config.cuda_graph else "--no-cuda-graph"
-            sys.exit(prove_resume("--device", config.device, "--precision", config.precision, graph))
-        if config.resume:  # the flags now change that run's settings, not the preset's
-            out_dir = folder.to_resume(config)
-            saved = checkpoint.load_newest(out_dir)
-            own = replace(saved.config, out_dir=out_dir, resume=True)
-            config = tyro.cli(TrainConfig, default=own, args=args, description=description)
-        elif config.preset != preset:
-            raise ValueError(f"--preset only names a run; for its settings write: {command('train')} {config.preset}")
-        try:
-            run(config, saved)
-        except Stopped:
-            sys.exit(STOPPED)
+        graph = "--cuda-graph" if config.cuda_graph else "--no-cuda-graph"
+        sys.exit(prove_resume("--device", config.device, "--precision", config.precision, graph))
+    if config.resume:  # the flags now change that run's settings, not the preset's
+        out_dir = folder.to_resume(config)
+        saved = checkpoint.load_newest(out_dir)
+        own = replace(saved.config, out_dir=out_dir, resume=True)
+        config = tyro.cli(TrainConfig, default=own, args=args, description=description)
+    elif config.preset != preset:
+        raise ValueError(f"--preset only names a run; for its settings write: {command('train')} {config.preset}")
+    try:
+        run(config, saved)
+    except Stopped:
+        sys.exit(STOPPED)
 
 
 @dataclass(frozen=True)
@@ -77,7 +58,7 @@ class Generate:
     run: Path | None = None
     """run folder or checkpoint file; by default the newest run below runs/"""
     model: str | None = None
-    """Hugging Face folder or hub name of GPT-2 weights, such as gpt2, instead of a run"""
+    """instead of a run, GPT-2's weights as a Hugging Face folder or hub name (gpt2)"""
     prompt: str | None = None
     """text to continue, by default a line break; "-" reads it from standard input"""
     prompt_file: Path | None = None
@@ -95,27 +76,35 @@ class Generate:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
 
+@errors_as_sentences()
 def generate() -> None:
-    """Write verse with a trained model: `generate.py --prompt "ROMEO:" --max-tokens 200`."""
-    with told(""):
-        args = tyro.cli(Generate)
-        if args.interactive:
-            _check_interactive(args)
-        if args.explain:
-            _check_page(args.explain, args.num_samples)
-        prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
-        if args.prompt_file:
-            prompt = args.prompt_file.read_text("utf-8")
-        model, tokenizer, title = _voice(args)
-        if args.interactive:
-            first = None if args.prompt is None and args.prompt_file is None else prompt
-            return converse(Session(model, tokenizer, args.sampling, args.max_tokens), title, first)
-        page = Explanation(model, tokenizer, prompt, args.sampling, title) if args.explain else None
-        drawn = page.drawn if page else None
-        for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
-            print(text, end="", flush=True)
-        if args.explain and page:
-            page.write(args.explain)
+    """Write verse with a trained model: `minigpt generate --prompt "ROMEO:" --max-tokens 200`."""
+    args = tyro.cli(Generate)
+    if args.interactive:
+        _check_interactive(args)
+    if args.explain:
+        _check_page(args.explain, args.num_samples)
+    prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.prompt_file:
+        prompt = args.prompt_file.read_text("utf-8")
+    if args.run and args.model:
+        raise ValueError(f"--run {args.run} and --model {args.model} are two models; leave out one of them")
+    if args.model:
+        found = start.model(args.model).cropped()
+    else:
+        found = checkpoint.load_run(args.run or checkpoint.newest_run()).pretrained()
+    if (tokenizer := found.tokenizer) is None:
+        raise ValueError(f"{args.model} has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside it")
+    model = GPT.from_weights(found.config, found.weights).to(args.device).for_sampling()
+    if args.interactive:
+        first = None if args.prompt is None and args.prompt_file is None else prompt
+        return converse(Session(model, tokenizer, args.sampling, args.max_tokens), found.title, first)
+    page = Explanation(model, tokenizer, prompt, args.sampling, found.title) if args.explain else None
+    drawn = page.drawn if page else None
+    for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
+        print(text, end="", flush=True)
+    if args.explain and page:
+        page.write(args.explain)
 
 
 @dataclass(frozen=True)
@@ -134,11 +123,11 @@ class Prepare:
     """the column of the tables that holds the text"""
 
 
+@errors_as_sentences("interrupted; nothing was made")
 def prepare() -> None:
-    """Make tokens of texts: `prepare.py texts/ --out-dir data/mine --vocab-size 8192`."""
+    """Make tokens of texts: `minigpt prepare texts/ --out-dir data/mine --vocab-size 8192`."""
     args = tyro.cli(Prepare)
-    with told(f"interrupted; {args.out_dir} was not made"):
-        made = tokens.prepare(args.data, args.out_dir, args.tokenizer, args.vocab_size, args.column)
+    made = tokens.prepare(args.data, args.out_dir, args.tokenizer, args.vocab_size, args.column)
     print(
         f"{made.source}: {made.characters:,} characters, SHA-256 {made.sha256[:12]}…\n"
         f"{len(made.ids):,} tokens of a vocabulary of {made.tokenizer.vocab_size:,} are in {made.path}, "
@@ -154,32 +143,18 @@ class Export:
     run: tyro.conf.Positional[Path]
     """run folder or checkpoint file"""
     to: Literal["hf"] = "hf"
-    """for whom: hf is a folder for Hugging Face's transformers, and for generate.py --model"""
+    """the format: hf is a folder for Hugging Face's transformers"""
     out_dir: Path | None = None
     """the folder to write, new or empty; by default the run's own, and in it one of that name"""
 
 
+@errors_as_sentences("interrupted; nothing was written")
 def export() -> None:
-    """Write a trained model for other programs: `export.py runs/quick --to hf`."""
+    """Write a trained model for other programs: `minigpt export runs/quick --to hf`."""
     args = tyro.cli(Export)
-    with told("interrupted; nothing was written"):
-        made = write_files(args.run, args.to, args.out_dir)
+    made = write_folder(args.run, args.out_dir)
     print(f"the model, its tokenizer and a card are in {made}")
     print(f"to hear it: {command('generate')} --model {shlex.quote(str(made))}")
-
-
-def _voice(args: Generate) -> tuple[GPT, Tokenizer, str]:
-    """The model that is to speak, its tokenizer, and what it is in a few words."""
-    if args.model is None:
-        saved = checkpoint.load_run(args.run or checkpoint.newest_run())
-        return saved.build_model(args.device), saved.tokenizer, saved.title()
-    if args.run:
-        raise ValueError(f"--run {args.run} and --model {args.model} are two models; leave out one of them")
-    found = gpt2.load(args.model).cropped()
-    if found.tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside it")
-    model = GPT.from_weights(found.config, found.weights)
-    return model.to(args.device).for_sampling(), found.tokenizer, args.model
 
 
 def _check_interactive(args: Generate) -> None:

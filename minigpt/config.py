@@ -162,12 +162,12 @@ class TrainConfig:
             ("lr", 0, 1e35),  # times a weight's largest step, a few, this is still a float32
             ("min_lr", 0, math.inf),
             ("weight_decay", 0, math.inf),
-            ("val_share", 0, 1),
             ("beta1", 0, 1),
             ("beta2", 0, 1),
         ):
             value = getattr(self, name)
             _require(low <= value < high, f"{name}={value} must be at least {low} and below {high}")
+        _require(0 < self.val_share < 1, f"val_share={self.val_share} must be above 0 and below 1")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive; use inf for no clipping")
         _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} must not be above lr={self.lr}")
         _check_whole(

@@ -17,7 +17,6 @@ import hashlib
 import http.client
 import io
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -25,13 +24,13 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from minigpt import disk
 from minigpt.config import TrainConfig
 from minigpt.program import command
 from minigpt.texts import CorpusError, documents
@@ -97,11 +96,6 @@ class Corpus:
     def characters(self) -> int:
         return len(self.text)
 
-    @property
-    def opening(self) -> str:
-        """A prompt that suits the text."""
-        return "ROMEO:" if "ROMEO:" in self.text else self.text.split(maxsplit=1)[0]
-
     def tokens(self, config: TrainConfig, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, np.ndarray]:
         """The text's ids under `tokenizer`, by default the one that the configuration asks for, with that tokenizer."""
         tokenizer = tokenizer or make_tokenizer(config.tokenizer or "char", [self.text], config.vocab_size)
@@ -146,7 +140,7 @@ def read_text(path: Path) -> Corpus:
         raise CorpusError(f"{path} is {kind}: make tokens of it, once, with {make}, then train with --data DIR")
     text = "".join(piece for document in documents([path]) for piece in document)
     if not text.strip():
-        raise CorpusError(f"{path} holds no text ({size} bytes): name a UTF-8 text with --data FILE")
+        raise CorpusError(f"{path} holds no text ({size} bytes): name a UTF-8 text")
     sha256 = _sha256(text.encode())
     return Corpus(text, KNOWN_TEXTS.get(sha256, str(path)), sha256, path)
 
@@ -192,7 +186,7 @@ def render_play(markdown: str) -> str:
 def _obtain(path: Path, *routes: Callable[[], str]) -> Corpus:
     """Reads `path`, first filling it by the first route that works if it is missing."""
     if not path.exists():
-        _write_atomically(path, _fetch(routes))
+        disk.write(path, _fetch(routes))
     corpus = read_text(path)
     if corpus.sha256 in KNOWN_TEXTS:
         return corpus
@@ -263,19 +257,3 @@ def _verified(data: bytes, sha256: str, name: str) -> bytes:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Writes `path` whole or not at all: an interrupted run leaves no half text."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(text.encode())
-        part.replace(path)
-    except OSError as error:
-        raise CorpusError(
-            f"cannot write {path} ({error.strerror}): choose another folder, or give a text of your own with --data FILE"
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()

@@ -12,7 +12,7 @@ from tinytensor.backend import Array
 
 
 class Dataset:
-    """A text's ids, the first 90% for training, the rest for validation. They may lie in a file that is mapped into memory."""
+    """A text's ids, the last `val_share` of them for validation. They may lie in a file that is mapped into memory."""
 
     def __init__(self, ids: np.ndarray, block_size: int, val_share: float = 0.1) -> None:
         cut = int(len(ids) * (1 - val_share))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from minigpt import checkpoint, folder, gpt2
+from minigpt import checkpoint, disk, folder, gpt2
 from minigpt.checkpoint import Checkpoint
-from minigpt.tokenizer import Tokenizer
+from minigpt.sampling import opening
 
 CARD = "README.md"
 # of the settings, those that the card tells in other words, and those that made no difference to the model
@@ -46,42 +45,28 @@ print("".join(text))
 ```"""
 
 
-def export(run: Path, to: str = "hf", out: Path | None = None) -> Path:
-    """Write the model of a run folder, or of a checkpoint file, into the folder `out`, by default one in the run's named `to`.
+def write_folder(run: Path, out: Path | None = None) -> Path:
+    """Write the model of a run folder, or of a checkpoint file, into a folder, by default the run's own one named hf.
 
-    The one format is "hf": GPT-2's files as `gpt2.dump` writes them, a model card and the run's curve. The folder is there
-    whole or not at all; ValueError where there is something in it already.
+    It gets GPT-2's files as `gpt2.dump` writes them, a model card and the run's curve. ValueError where there is something in
+    it already.
     """
-    if to != "hf":
-        raise ValueError(f"to={to!r} is not a format; use 'hf'")
     home = run.parent if run.is_file() else run
-    out = out or home / to
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} is there already; remove it, or choose another folder with --out-dir")
-    saved = checkpoint.load_run(run)
     curve = home / folder.CURVE
-    unfinished = out.parent / f"{out.resolve().name}.{os.getpid()}.tmp"
-    try:
-        unfinished.mkdir(parents=True)
-        gpt2.dump(saved.config.model(saved.tokenizer.vocab_size), saved.model, saved.tokenizer, unfinished)
+    saved = checkpoint.load_run(run)
+    with disk.new_folder(out or home / "hf") as made:
+        gpt2.dump(saved.pretrained(), made)
         if curve.is_file():
-            shutil.copyfile(curve, unfinished / folder.CURVE)
-        (unfinished / CARD).write_text(card(saved, folder.read_record(home), curve.is_file()), encoding="utf-8")
-        if out.exists():
-            out.rmdir()  # not every system renames over a folder, even an empty one
-        os.rename(unfinished, out)
-    except OSError as error:
-        raise OSError(f"{out} could not be written ({error})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return out
+            shutil.copyfile(curve, made / folder.CURVE)
+        (made / CARD).write_text(card(saved, folder.read_record(home), curve.is_file()), encoding="utf-8")
+    return out or home / "hf"
 
 
 def card(saved: Checkpoint, record: dict[str, Any], curve: bool) -> str:
     """The model card, in Markdown, of a checkpoint; `record` is what its run.json says, or nothing."""
-    model = saved.config.model(saved.tokenizer.vocab_size)
+    model = saved.pretrained().config
     settings = {name: value for name, value in saved.config.to_dict().items() if name not in _LEFT_OUT}
-    prompt = json.dumps(_opening(saved.tokenizer), ensure_ascii=False)
+    prompt = json.dumps(opening(saved.tokenizer), ensure_ascii=False)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gpt2\n- minigpt\n---",
         f"# {_plain(saved.config.preset)}",
@@ -109,15 +94,6 @@ def _facts(saved: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else None,
         "commit": record.get("commit"),
     }
-
-
-def _opening(tokenizer: Tokenizer) -> str:
-    """A prompt that the tokenizer has words for."""
-    try:
-        tokenizer.encode("ROMEO:")
-    except ValueError:
-        return tokenizer.decode([tokenizer.vocab_size // 2])
-    return "ROMEO:"
 
 
 def _table(left: str, right: str, rows: dict[str, Any]) -> str:

@@ -7,11 +7,11 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minigpt import checkpoint
+from minigpt import checkpoint, disk
 from minigpt.checkpoint import CheckpointError
 from minigpt.config import TrainConfig
 
@@ -72,21 +72,9 @@ def _take(lock: Any, folder: Path) -> None:
         raise ValueError(f"{folder} is in use by the run of process {holder}; stop it, or choose another --out-dir") from None
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a small file: the old one or the new one is there at any time, whole. OSError names it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error})") from None
-
-
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Replace run.json. Numbers that are not finite, which JSON does not know, become strings."""
-    write(folder / RECORD, json.dumps(_strict(record), indent=1) + "\n")
+    disk.write(folder / RECORD, json.dumps(_strict(record), indent=1) + "\n")
 
 
 def _strict(value: Any) -> Any:

@@ -33,16 +33,18 @@ _COMPUTED = {  # the settings that change the numbers, with the values that this
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
+_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal masks in old files
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class Pretrained(NamedTuple):
-    """A model as it was found: its shape, its float32 weights under their names in `GPT`, and its tokenizer, if it has one."""
+    """A model by itself: its shape, its float32 weights by their names in `GPT`, its tokenizer, if it has one, and a title."""
 
     config: GPTConfig
     weights: dict[str, np.ndarray]
     tokenizer: Tokenizer | None
+    title: str = ""
 
     def cropped(self) -> Pretrained:
         """Without the rows of wte beyond the tokenizer's last id, which only pad it: so that none of them is ever drawn."""
@@ -75,7 +77,7 @@ def load(source: str | Path, dropout: float = 0.0) -> Pretrained:
     weights = {name: _turned(name, places[name].read()) for name in shapes}
     if HEAD in places and not np.array_equal(places[HEAD].read(), weights["wte.weight"], equal_nan=True):
         raise ValueError(f"{source}: {HEAD} is not wte.weight, as it always is here; use a model with tied embeddings")
-    return Pretrained(config, weights, tokenizer)
+    return Pretrained(config, weights, tokenizer, source)
 
 
 class _Place(NamedTuple):
@@ -96,7 +98,7 @@ class _Place(NamedTuple):
         return flat.reshape(self.shape)
 
 
-def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: Path) -> None:
+def dump(found: Pretrained, folder: Path) -> None:
     """The inverse of `load`: write a model and its tokenizer into a folder, for transformers and all that read its files.
 
     A model without biases gets biases of 0, for GPT-2 has some everywhere. OSError where a file cannot be written.
@@ -104,18 +106,21 @@ def dump(config: GPTConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokeni
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    end = tokenizer.end_of_text
-    ids = {"bos_token_id": end, "eos_token_id": end}
-    symbols = {"bos_token": None if end is None else END_OF_TEXT, "eos_token": None if end is None else END_OF_TEXT}
-    exact = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config, weights, tokenizer, _ = found
     tensors = {}
     for name, shape in _shapes(config).items():
         left_out = name.endswith("bias") and not config.bias
         tensors[PREFIX + name] = np.zeros(shape, np.float32) if left_out else _turned(name, weights[name])
-    _write(folder / CONFIG, _settings(config) | ids)
-    _write(folder / "generation_config.json", ids)
-    _write(folder / "tokenizer_config.json", exact | {"model_max_length": config.block_size} | symbols)
-    (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+    end = tokenizer.end_of_text if tokenizer else None
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    _write(folder / CONFIG, _settings(config) | ends)
+    _write(folder / "generation_config.json", ends)
+    if tokenizer:
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        symbol = None if end is None else END_OF_TEXT
+        limits = {"model_max_length": config.block_size, "bos_token": symbol, "eos_token": symbol}
+        _write(folder / "tokenizer_config.json", kind | limits)
+        (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     try:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -141,7 +146,7 @@ def _config(source: str) -> GPTConfig:
     path = hub.find(source, CONFIG)
     if path is None:
         raise ValueError(f"{source} has no {CONFIG}; name the folder of a model that was saved with save_pretrained")
-    values = _object(path)
+    values = _read_json(path)
     if values.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'; use a model of GPT-2's kind")
     sizes = {name: values.get(name, size) for name, size in _SIZES.items()}
@@ -156,7 +161,7 @@ def _config(source: str) -> GPTConfig:
     return config
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """What a file of JSON says."""
     try:
         values = json.loads(path.read_text("utf-8"))
@@ -184,7 +189,7 @@ def _places(source: str) -> dict[str, _Place]:
 
 def _shards(source: str, index: Path) -> dict[str, _Place]:
     """The tensors of the shards that an index names."""
-    files = _object(index).get("weight_map")
+    files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in files.values()):
         raise ValueError(f"{index}: weight_map does not name a safetensors file beside it for each tensor; fetch it again")
     headers = {}
@@ -217,12 +222,11 @@ def _header(path: Path) -> dict[str, _Place]:
 
 def _check(source: str, places: Mapping[str, _Place], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """ValueError names every tensor that is missing, of another shape or dtype, or nothing that this model has."""
-    masks = {f"h.{i}.attn.{name}" for i in range(len(places)) for name in ("bias", "masked_bias")}  # old files' causal masks
     problems = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in places]
     for name, place in places.items():
         expected = shapes["wte.weight"] if name == HEAD else shapes.get(name)
         if expected is None:
-            problems += [f"unexpected {name} {place.shape}"] if name not in masks else []
+            problems += [f"unexpected {name} {place.shape}"] if not _MASK.fullmatch(name) else []
         elif place.shape != expected:
             problems.append(f"{name} has shape {place.shape} where {CONFIG} makes it {expected}")
         elif place.dtype not in _DTYPES:

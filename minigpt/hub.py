@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from minigpt.program import missing
+
 _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # gpt2, or owner/name
 
 
@@ -30,7 +32,7 @@ def _fetch(source: str, name: str) -> Path | None:
     try:
         from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
     except ImportError as error:
-        needs = f'to look for it on the hub needs the package huggingface_hub ({error}); pip install -e ".[hf]"'
+        needs = f"to look for it on the hub needs {missing('huggingface_hub', 'hf', error)}"
         raise RuntimeError(f"there is no folder {source}, and {needs}") from None
     try:
         known = try_to_load_from_cache(source, name)

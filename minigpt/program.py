@@ -1,9 +1,11 @@
-"""This program: how it is called, and how it calls itself."""
+"""This program: how it is called, how it calls itself, and how it ends."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,28 @@ def command(verb: str) -> str:
     return f"{called} {verb}" if called in ("minigpt", "python -m minigpt") else f"python scripts/{verb}.py"
 
 
+def missing(package: str, extra: str, error: ImportError) -> str:
+    """What to do about a package that is not there, after "… needs "."""
+    this = '-e ".' if (HOME / "setup.cfg").exists() else '"minigpt-shakespeare'
+    return f'the package {package} ({error}); pip install {this}[{extra}]"'
+
+
 def child(*arguments: str) -> dict[str, Any]:
     """What subprocess takes to start a Python that imports this minigpt, whatever lies in the working directory."""
     path = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"args": [sys.executable, "-P", *arguments], "env": {**os.environ, "PYTHONPATH": path}}
+
+
+@contextmanager
+def errors_as_sentences(interrupted: str = "") -> Iterator[None]:
+    """What goes wrong within this block (or decorated function), or Ctrl-C, ends the program with one sentence."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError as error:
+        sys.exit(f"error: out of memory ({error}); use a smaller model, or a smaller --micro-batch to train it")
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(interrupted)

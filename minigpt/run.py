@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import tinytensor as tt
-from minigpt import checkpoint, facts, folder, start
+from minigpt import checkpoint, disk, facts, folder, start
 from minigpt.checkpoint import Checkpoint, CheckpointError
 from minigpt.config import TrainConfig
-from minigpt.corpus import Corpus
 from minigpt.curve import plot
 from minigpt.distributed import ranks
 from minigpt.program import command
-from minigpt.tokens import TokenFile
+from minigpt.sampling import opening
+from minigpt.tokens import Text
 from minigpt.tracking import Quiet, Tracker, duration
 from minigpt.trainer import Trainer
 from tinytensor import parallel
@@ -80,7 +80,7 @@ def _report(trainer: Trainer, profiled: int) -> bool:
         tracker.say(
             f"validation loss {trainer.val_loss:.4f} in {duration(trainer.seconds)}; "
             f"model, metrics, curve and samples are in {out_dir}\n"
-            f"more verse: {command('generate')}{where} --prompt {shlex.quote(trainer.corpus.opening)}"
+            f"more verse: {command('generate')}{where} --prompt {shlex.quote(opening(trainer.tokenizer))}"
         )
     else:
         tracker.say(
@@ -155,7 +155,7 @@ def _tell(p: profile, steps: int, out_dir: Path, tracker: Tracker) -> None:
         tracker.say("nothing was profiled: the run ended within the two steps that are left out")
         return
     try:
-        folder.write(out_dir / folder.PROFILE, str(p))
+        disk.write(out_dir / folder.PROFILE, str(p))
         p.trace(out_dir / folder.TIMELINE)
         p.roofline(out_dir / folder.ROOFLINE)
     except OSError as error:
@@ -206,7 +206,7 @@ def header(trainer: Trainer) -> dict[str, str]:
     }
 
 
-def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corpus: Corpus | TokenFile) -> None:
+def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corpus: Text) -> None:
     """A resumed run keeps its model, its tokenizer and its text."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "tokenizer", "vocab_size", "val_share", "init_from")
     pairs = [(name, getattr(saved.config, name), getattr(config, name)) for name in names]

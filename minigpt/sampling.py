@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,7 +128,7 @@ def speak(
     sampling: Sampling,
     drawn: Drawn | None = None,
 ) -> Iterator[str]:
-    """Yield the prompt and its continuations piece by piece, ready to print. A continuation ends early with its document."""
+    """Yield the prompt and its continuations piece by piece, ready to print. A continuation stops at an end-of-text token."""
     if max_tokens < 0 or num_samples < 1:
         raise ValueError(f"max_tokens={max_tokens} must not be negative and num_samples={num_samples} must be at least 1")
     if not prompt:
@@ -143,7 +143,7 @@ def speak(
         yield "\n" + ("---\n" if sample + 1 < num_samples else "")
 
 
-def decoded(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens, up to the one that ends a text, in pieces as they come."""
     written: list[int] = []
     shown = ""
@@ -157,3 +157,12 @@ def decoded(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
             shown = whole
     if rest := tokenizer.decode(written)[len(shown) :]:
         yield rest
+
+
+def opening(tokenizer: Tokenizer) -> str:
+    """A prompt that the tokenizer has tokens for."""
+    try:
+        tokenizer.encode("ROMEO:")
+    except ValueError:
+        return tokenizer.decode([tokenizer.vocab_size // 2])
+    return "ROMEO:"

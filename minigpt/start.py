@@ -7,27 +7,27 @@ from pathlib import Path
 
 from minigpt import checkpoint, gpt2
 from minigpt.config import PRESETS, TrainConfig
-from minigpt.corpus import Corpus, load_corpus, read_text
+from minigpt.corpus import load_corpus, read_text
 from minigpt.gpt2 import Pretrained
-from minigpt.tokenizer import make_tokenizer
-from minigpt.tokens import TokenFile, is_prepared, open_tokens
+from minigpt.tokenizer import KINDS, make_tokenizer
+from minigpt.tokens import Text, TokenFile, is_prepared, open_tokens
 
 DATA = Path("data")
 _SHAPE = ("n_layer", "n_head", "n_embd", "bias")
 
 
-def text(config: TrainConfig) -> Corpus | TokenFile:
+def text(config: TrainConfig) -> Text:
     """The text to train on."""
     if config.data is None:
         return load_corpus(config.source, DATA)
     return open_tokens(config.data) if is_prepared(config.data) else read_text(config.data)
 
 
-def weights(config: TrainConfig, corpus: Corpus | TokenFile) -> tuple[TrainConfig, Pretrained | None]:
+def weights(config: TrainConfig, corpus: Text) -> tuple[TrainConfig, Pretrained | None]:
     """The weights that `init_from` names, if it names any, and the settings with the shape of their model."""
     if config.init_from is None:
         return config, None
-    found = _found(config.init_from)
+    found = model(config.init_from)
     for name in _SHAPE:
         asked, has = getattr(config, name), getattr(found.config, name)
         if asked not in (has, getattr(PRESETS[config.preset], name)):
@@ -40,14 +40,14 @@ def weights(config: TrainConfig, corpus: Corpus | TokenFile) -> tuple[TrainConfi
     return replace(config, **{name: getattr(found.config, name) for name in _SHAPE}), fitting
 
 
-def _found(source: str) -> Pretrained:
+def model(source: str) -> Pretrained:
+    """The model of a run's folder or checkpoint file, or GPT-2's of a Hugging Face folder or the hub."""
     if checkpoint.saved_in(Path(source)) or Path(source).is_file():
-        saved = checkpoint.load_run(Path(source))
-        return Pretrained(saved.config.model(saved.tokenizer.vocab_size), saved.model, saved.tokenizer)
+        return checkpoint.load_run(Path(source)).pretrained()
     return gpt2.load(source)
 
 
-def _with_tokenizer(found: Pretrained, config: TrainConfig, corpus: Corpus | TokenFile) -> Pretrained:
+def _with_tokenizer(found: Pretrained, config: TrainConfig, corpus: Text) -> Pretrained:
     """Weights whose folder had no tokenizer, with the one of the prepared text, or of the model that `tokenizer` names."""
     if found.tokenizer is not None:
         if config.tokenizer is not None:
@@ -55,6 +55,6 @@ def _with_tokenizer(found: Pretrained, config: TrainConfig, corpus: Corpus | Tok
         return found
     if isinstance(corpus, TokenFile):
         return found._replace(tokenizer=corpus.tokenizer)
-    if config.tokenizer in (None, "char", "byte", "bpe"):
+    if config.tokenizer in (None, *KINDS):
         raise ValueError(f"{config.init_from} has no tokenizer; name a model that has the right one with --tokenizer")
     return found._replace(tokenizer=make_tokenizer(config.tokenizer, ()))

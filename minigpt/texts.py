@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minigpt.tokenizer import cut
+from minigpt.program import missing
 
 SUFFIXES = (".txt", ".gz", ".parquet")  # of the files that are read in a folder
 _PIECE = 1 << 20  # bytes read at a time
 _ROWS = 256  # of a table read at a time
-_REMEDY = "name a UTF-8 text with --data FILE"
+_REMEDY = "name a UTF-8 text"
 
 Documents = Iterator[Iterable[str]]
 """Documents one after the other, each in pieces."""
@@ -57,19 +57,19 @@ def _pieces(path: Path, read: Callable[[int], object]) -> Iterator[str]:
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
     done, rest, first = 0, "", True
     for data in _chunks(path, read):
-        if b"\0" in data:
-            raise CorpusError(f"{path} is binary data (byte 0x00 at offset {done + data.index(0)}): {_REMEDY}")
         try:
             text = lines.decode(data, final=not data)
         except UnicodeDecodeError as error:
             offset = done + len(data) - len(error.object) + error.start
             where = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
             raise CorpusError(f"{path} is not UTF-8 ({where}): {_REMEDY}") from error
+        if b"\0" in data:
+            raise CorpusError(f"{path} is binary data (byte 0x00 at offset {done + data.index(0)}): {_REMEDY}")
         done += len(data)
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
         rest += text
-        end = (cut(rest, 1, len(rest) - 1) or len(rest)) if data else len(rest)
+        end = (_cut(rest, 1, len(rest) - 1) or len(rest)) if data else len(rest)
         yield rest[:end]
         rest = rest[end:]
 
@@ -93,7 +93,7 @@ def _rows(path: Path, column: str, read: Callable[[int], object]) -> Iterator[st
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise CorpusError(f'{path} needs the package pyarrow ({error}); pip install -e ".[data]"') from None
+        raise CorpusError(f"{path} needs {missing('pyarrow', 'data', error)}") from None
     try:
         with parquet.ParquetFile(path) as table:
             if column not in table.schema_arrow.names:
@@ -110,3 +110,23 @@ def _rows(path: Path, column: str, read: Callable[[int], object]) -> Iterator[st
                 read(size * len(batch) // rows)
     except (OSError, ArrowException) as error:
         raise CorpusError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}): {_REMEDY}") from error
+
+
+def parts(text: str, size: int) -> Iterator[str]:
+    """A text in parts of at most `size` characters, cut where GPT-2's pattern begins a word anyway, if there is such a place:
+    before a space or a line break that a word follows. The parts' tokens are then the text's.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = _cut(text, start + 1, start + size) or start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _cut(text: str, low: int, high: int) -> int:
+    """The last place in text[low:high] before a space or a line break that a word follows, 0 where there is none."""
+    for end in range(high - 1, low - 1, -1):
+        if text[end] in " \n" and not text[end + 1].isspace():
+            return end
+    return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from minigpt import hub
+from minigpt.program import missing
+from minigpt.texts import parts
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the token that parts documents
+KINDS = ("char", "byte", "bpe")
 BPE_VOCAB_SIZE = 1024
 _PART, _GROUP = 1 << 16, 64  # characters that one core encodes at a time, and parts that wait in memory
 
@@ -193,7 +196,7 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise RuntimeError(f'a BPE tokenizer needs the package tokenizers ({error}); pip install -e ".[hf]"') from None
+        raise RuntimeError(f"a BPE tokenizer needs {missing('tokenizers', 'hf', error)}") from None
     return tokenizers
 
 
@@ -217,39 +220,21 @@ def _byte_symbols() -> list[str]:
     return [chr(b if b in visible else next(others)) for b in range(256)]
 
 
-def parts(text: str, size: int) -> Iterator[str]:
-    """A text in parts of about `size` characters, cut where GPT-2's pattern begins a word anyway, if there is such a place:
-    before a space or line break that a word follows. The parts' tokens are then the text's.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = cut(text, start + 1, start + size) or start + size
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def cut(text: str, low: int, high: int) -> int:
-    """The last such place in text[low:high], 0 where there is none."""
-    for end in range(high - 1, low - 1, -1):
-        if text[end] in " \n" and not text[end + 1].isspace():
-            return end
-    return 0
-
-
-def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer "char" or "byte"; "bpe", trained on pieces of texts to `vocab_size` tokens; or that of a model, by the name
     of its folder or its repository on the Hugging Face hub ("gpt2").
     """
-    match kind:
+    if vocab_size is not None and name != "bpe":
+        raise ValueError(f"vocab_size={vocab_size} is for the tokenizer bpe; {name} brings its own")
+    match name:
         case "char":
             return CharTokenizer.from_text(texts)
         case "byte":
             return ByteTokenizer()
         case "bpe":
-            return BPETokenizer.train(texts, vocab_size or BPE_VOCAB_SIZE)
-    if (path := hub.find(kind, "tokenizer.json")) is None:
-        raise ValueError(f"{kind} has no tokenizer.json; use char, byte, bpe, or a model with one")
+            return BPETokenizer.train(texts, BPE_VOCAB_SIZE if vocab_size is None else vocab_size)
+    if (path := hub.find(name, "tokenizer.json")) is None:
+        raise ValueError(f"{name} has no tokenizer.json; use {', '.join(KINDS)}, or a model with one")
     return BPETokenizer.from_file(path)
 
 
@@ -262,4 +247,4 @@ def from_dict(state: dict[str, Any]) -> Tokenizer:
             return ByteTokenizer()
         case "bpe":
             return BPETokenizer(json.dumps(state["tokenizer"]))
-    raise ValueError(f"tokenizer kind {state.get('kind')!r} is not known; use 'char', 'byte' or 'bpe'")
+    raise ValueError(f"tokenizer kind {state.get('kind')!r} is not known; use {', '.join(KINDS)}")

@@ -1,11 +1,9 @@
-"""Texts of any size as a file of tokens, made once, and read in place by training: the memory of either is a few pieces."""
+"""Texts of any size as a file of tokens, made once and read in place by training; neither holds more than a few megabytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,8 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from minigpt import disk
 from minigpt.config import TrainConfig
-from minigpt.corpus import KNOWN_TEXTS
+from minigpt.corpus import KNOWN_TEXTS, Corpus
 from minigpt.texts import CorpusError, Documents, documents, files
 from minigpt.tokenizer import Tokenizer, from_dict, make_tokenizer
 from tinytensor import parallel
@@ -34,7 +33,6 @@ class TokenFile:
         ids: uint16 or, from 65,537 tokens in the vocabulary on, uint32; little-endian.
         tokenizer: whose ids they are.
         characters: of the text.
-        opening: a prompt that suits the text.
         source, sha256: what the text is, and the digest of its UTF-8 bytes, documents parted by line breaks.
         path: the folder.
     """
@@ -42,7 +40,6 @@ class TokenFile:
     ids: np.ndarray
     tokenizer: Tokenizer
     characters: int
-    opening: str
     source: str
     sha256: str
     path: Path
@@ -54,10 +51,16 @@ class TokenFile:
             raise ValueError(f"{self.path} holds tokens of another tokenizer than the model's: prepare its text with that")
         if tokenizer is None and config.tokenizer not in (None, own.kind):
             raise ValueError(f"{self.path} holds tokens of kind {own.kind!r}: leave out --tokenizer {config.tokenizer}")
+        if config.vocab_size not in (None, own.vocab_size):
+            raise ValueError(f"{self.path} has a vocabulary of {own.vocab_size}: leave out --vocab-size {config.vocab_size}")
         return own, self.ids
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the file itself
         return open_tokens, (self.path,)
+
+
+Text = Corpus | TokenFile
+"""What can be trained on."""
 
 
 def is_prepared(folder: Path) -> bool:
@@ -75,7 +78,7 @@ def open_tokens(folder: Path) -> TokenFile:
         if size != count * dtype.itemsize:
             raise CorpusError(f"{folder / TOKENS} has {size:,} bytes, not {count * dtype.itemsize:,}: {remedy}")
         ids = np.asarray(np.memmap(folder / TOKENS, dtype, "r"))
-        plain = {name: about[name] for name in ("characters", "opening", "source", "sha256")}
+        plain = {name: about[name] for name in ("characters", "source", "sha256")}
         return TokenFile(ids, from_dict(about["tokenizer"]), path=folder, **plain)
     except CorpusError:
         raise
@@ -90,27 +93,19 @@ def prepare(
 
     Between two documents stands the tokenizer's end-of-text token or, where it has none, a line break. `tokenizer` and
     `vocab_size` are as for `make_tokenizer`; "char" and "bpe" read the texts once before they are encoded. The folder appears
-    when it is whole. CorpusError: a text cannot be read, or the folder is there already.
+    when it is whole. ValueError: a text cannot be read, or the folder is there already.
     """
-    if out_dir.exists():
-        raise CorpusError(f"{out_dir} is there already: choose another --out-dir")
     paths = files(data)
-    part = out_dir.with_name(f"{out_dir.name}.{os.getpid()}.part")
-    with _progress(paths, column) as reading:
+    with disk.new_folder(out_dir) as made, _progress(paths, column) as reading:
         pieces = (text for text, _ in _stream(reading("reading for the tokenizer")))
-        made = make_tokenizer(tokenizer, pieces, vocab_size)
-        try:
-            part.mkdir(parents=True)
-            with open(part / TOKENS, "wb") as file:
-                about = _write(file, made, reading("encoding"))
-            if not about["opening"]:
-                raise CorpusError(f"{_names(paths)} holds no text: name UTF-8 texts")
-            source = KNOWN_TEXTS.get(about["sha256"], _names(paths))
-            about |= {"schema": SCHEMA, "source": source, "tokenizer": made.to_dict()}
-            (part / ABOUT).write_text(json.dumps(about, indent=1), "utf-8")
-            part.rename(out_dir)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        chosen = make_tokenizer(tokenizer, pieces, vocab_size)
+        with open(made / TOKENS, "wb") as file:
+            blank, about = _write(file, chosen, reading("encoding"))
+        if blank:
+            raise CorpusError(f"{_names(paths)} holds no text: name UTF-8 texts")
+        source = KNOWN_TEXTS.get(about["sha256"], _names(paths))
+        about |= {"schema": SCHEMA, "source": source, "tokenizer": chosen.to_dict()}
+        (made / ABOUT).write_text(json.dumps(about, indent=1), "utf-8")
     return open_tokens(out_dir)
 
 
@@ -123,8 +118,8 @@ def _stream(documents: Documents) -> Iterator[tuple[str, bool]]:
             yield piece, False
 
 
-def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
-    """Write the ids of documents; what is to be known of them."""
+def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> tuple[bool, dict[str, Any]]:
+    """Write the ids of documents; whether they are blank, and what else is to be known of them."""
 
     def encode(piece: tuple[str, bool]) -> np.ndarray:
         text, between = piece
@@ -132,26 +127,26 @@ def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> dict[
         return (tokenizer.encode(text) if end is None else np.array([end])).astype(dtype)
 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    digest, tokens, characters, opening = hashlib.sha256(), 0, 0, ""
+    digest, tokens, characters, blank = hashlib.sha256(), 0, 0, True
     stream, cores = _stream(documents), parallel.cpu_threads()
     with ThreadPoolExecutor(cores) as pool:
         while pieces := list(islice(stream, 4 * cores)):  # not all at once, or they would wait in memory
             for (text, _), ids in zip(pieces, pool.map(encode, pieces), strict=True):
                 file.write(ids.data)
                 digest.update(text.encode())
-                tokens, characters = tokens + len(ids), characters + len(text)
-                opening = opening or next(iter(text.split(maxsplit=1)), "")
-    return {"dtype": dtype.str, "tokens": tokens, "characters": characters, "opening": opening, "sha256": digest.hexdigest()}
+                tokens, characters, blank = tokens + len(ids), characters + len(text), blank and not text.strip()
+    return blank, {"dtype": dtype.str, "tokens": tokens, "characters": characters, "sha256": digest.hexdigest()}
 
 
 @contextmanager
 def _progress(paths: list[Path], column: str) -> Iterator[Callable[[str], Documents]]:
-    """A function that reads the documents of some files, under a bar with the name it is given."""
+    """Yield `reading(title)`: the documents of some files, as a progress bar of that title moves."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     total = sum(path.stat().st_size for path in paths if path.exists())
     columns = TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def reading(what: str) -> Documents:
             task = progress.add_task(what, total=total)

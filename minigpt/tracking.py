@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt.folder import METRICS, SAMPLES, write
+from minigpt.disk import write
+from minigpt.folder import METRICS, SAMPLES
 from minigpt.program import command
 
 if TYPE_CHECKING:

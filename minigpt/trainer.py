@@ -18,15 +18,14 @@ from minigpt import checkpoint
 from minigpt.checkpoint import Checkpoint
 from minigpt.clock import Clock
 from minigpt.config import TrainConfig
-from minigpt.corpus import Corpus
 from minigpt.data import Dataset
 from minigpt.distributed import Ranks
 from minigpt.gpt2 import Pretrained
 from minigpt.model import GPT
-from minigpt.sampling import Sampling, generate
+from minigpt.sampling import Sampling, decoded, generate
 from minigpt.schedule import warmup_cosine
 from minigpt.signals import StopRequest
-from minigpt.tokens import TokenFile
+from minigpt.tokens import Text
 from minigpt.tracking import Quiet
 from tinytensor import backend, optim, parallel, random
 from tinytensor.backend import Array
@@ -52,7 +51,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        corpus: Corpus | TokenFile,
+        corpus: Text,
         out_dir: Path,
         resumed: Checkpoint | None = None,
         ranks: Ranks | None = None,
@@ -257,7 +256,7 @@ class Trainer:
         with self.clock.phase("evaluation"), parallel.limited(1):  # more may round otherwise
             ids = self.ranks.first(write)
         self.model.train()
-        return self.tokenizer.decode(ids)
+        return "".join(decoded(self.tokenizer, ids))
 
     def save(self) -> None:
         """Write the last checkpoint, and the best when this is it."""

@@ -9,8 +9,10 @@ from typing import Literal
 import tyro
 
 from minigpt.benchmarks import suite
+from minigpt.program import errors_as_sentences
 
 
+@errors_as_sentences("interrupted; nothing was written")
 def benchmark() -> None:
     """Measure tinytensor beside its peers: `minigpt benchmark [step | ops | generate | …] [--flags]`."""
     tyro.cli(_measure)
@@ -48,24 +50,17 @@ def _measure(
     if what == "gpu":
         from minigpt.benchmarks import gpu
 
-        try:
-            sys.exit(gpu.run(report, gpu.Plan(rounds=rounds), budget, data, json or Path("gpu.json"), markdown))
-        except RuntimeError as error:
-            sys.exit(f"error: {error}")
-    if what in ("step", "all"):
-        suite.step(report, rounds, compiled, bf16)
-    if what in ("ops", "all"):
-        suite.ops(report, rounds)
-    if what in ("generate", "all"):
-        suite.generate(report, rounds)
-    if what in ("scaling", "all"):
-        suite.scaling(report, rounds, plot)
-    if what in ("memory", "all"):
-        suite.memory(report, rounds)
-    if what in ("ranks", "all"):
-        suite.ranks(report, rounds)
-    if what in ("imports", "all"):
-        suite.imports(report, rounds)
-    if what in ("quick", "all"):
-        suite.quick(report, rounds)
+        sys.exit(gpu.run(report, gpu.Plan(rounds=rounds), budget, data, json or Path("gpu.json"), markdown))
+    parts = {
+        "step": lambda: suite.step(report, rounds, compiled, bf16),
+        "ops": lambda: suite.ops(report, rounds),
+        "generate": lambda: suite.generate(report, rounds),
+        "scaling": lambda: suite.scaling(report, rounds, plot),
+        "memory": lambda: suite.memory(report, rounds),
+        "ranks": lambda: suite.ranks(report, rounds),
+        "imports": lambda: suite.imports(report, rounds),
+        "quick": lambda: suite.quick(report, rounds),
+    }
+    for measure in parts.values() if what == "all" else [parts[what]]:
+        measure()
     report.write(json, markdown)

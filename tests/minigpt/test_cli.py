@@ -172,7 +172,7 @@ def test_without_a_run_the_message_says_how_to_make_one(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data", "none.txt"], r"cannot read none\.txt .*--data FILE"),
+        (["--data", "none.txt"], r"cannot read none\.txt .*name a UTF-8 text"),
         ([*SHORT, "--out-dir", "runs/quick"], r"runs/quick already holds a run; continue it with --resume"),
         ([*SHORT, "--out-dir", "verse.txt"], r"verse\.txt"),
         ([*SHORT, "--out-dir", "verse.txt/below"], r"verse\.txt/below"),

@@ -194,12 +194,12 @@ def test_byte_order_mark_and_carriage_returns_cost_no_symbol(tmp_path: Path) -> 
 def test_a_bad_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(data)
-    with pytest.raises(CorpusError, match=rf"bad\.txt.*{message}.*--data FILE$"):
+    with pytest.raises(CorpusError, match=rf"bad\.txt.*{message}.*name a UTF-8 text$"):
         read_text(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"none\.txt \(No such file.*--data FILE$"):
+    with pytest.raises(CorpusError, match=r"none\.txt \(No such file.*name a UTF-8 text$"):
         read_text(tmp_path / "none.txt")
     with pytest.raises(CorpusError, match=r"is a folder: .* .*prepare.* .* --out-dir DIR, then train with --data DIR$"):
         read_text(tmp_path)
@@ -296,18 +296,13 @@ def test_an_edited_file_is_used_and_never_overwritten(network: Network, tmp_path
 
 
 @pytest.mark.usefixtures("network")
-@pytest.mark.parametrize("fails", ["write_bytes", "replace"])
-def test_an_interrupted_write_leaves_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fails: str,
-) -> None:
-    def interrupted(path: Path, _: bytes | Path) -> None:
-        path.write_text("half")
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, fails, interrupted)
-    with pytest.raises(CorpusError, match=r"cannot write .*tiny_shakespeare\.txt \(No space left"):
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(OSError, match=r"tiny_shakespeare\.txt could not be written \(.*No space left"):
         load_corpus("tiny", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -315,5 +310,5 @@ def test_an_interrupted_write_leaves_nothing(
 @pytest.mark.usefixtures("network")
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("in the way")
-    with pytest.raises(CorpusError, match=r"cannot write .*choose another folder"):
+    with pytest.raises(OSError, match=r"data/tiny_shakespeare\.txt could not be written \("):
         load_corpus("tiny", tmp_path / "data")

@@ -571,7 +571,7 @@ def test_ranks_whose_weights_differ_stop_and_name_the_parameter(home: Path, rank
     ("flags", "message"),
     [
         ("--n-head 3", r"n_embd=16 is not divisible by n_head=3"),
-        ("--data none.txt", r"cannot read none\.txt .*--data FILE"),
+        ("--data none.txt", r"cannot read none\.txt .*name a UTF-8 text"),
         ("--block-size 99999", r"block_size=99999 needs more than 99999"),
         ("--out-dir verse.txt/below", r"cannot write to verse\.txt/below"),
         ("--out-dir taken", r"taken already holds a run; continue it with --resume"),

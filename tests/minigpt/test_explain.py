@@ -47,7 +47,7 @@ def explained(
 ) -> tuple[np.ndarray, dict[str, Any], Explanation]:
     """All token ids of prompt and continuation, and what the page says of them."""
     model = made.build_model()
-    page = Explanation(model, made.tokenizer, prompt, how, made.title())
+    page = Explanation(model, made.tokenizer, prompt, how, made.pretrained().title)
     "".join(speak(model, made.tokenizer, prompt, max_tokens, 1, how, drawn=page.drawn))
     return np.array([*made.tokenizer.encode(prompt), *page.tokens]), page.data(), page
 

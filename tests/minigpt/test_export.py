@@ -16,7 +16,7 @@ import tinytensor as tt
 from minigpt import checkpoint, folder, gpt2
 from minigpt.checkpoint import BEST, LAST
 from minigpt.curve import plot
-from minigpt.export import card, export
+from minigpt.export import card, write_folder
 from tests.minigpt.small import TINY, trainer, verse
 from tests.minigpt.torch_gpt import ids
 
@@ -53,7 +53,7 @@ def names(path: Path) -> list[str]:
 
 def test_a_run_becomes_a_folder_that_transformers_reads(run: Path) -> None:
     before = names(run)
-    out = export(run)
+    out = write_folder(run)
     assert (out, names(out), names(run)) == (run / "hf", FILES, sorted([*before, "hf"]))
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     saved = checkpoint.load_run(run)
@@ -70,10 +70,10 @@ def test_a_checkpoint_file_is_exported_as_it_is(run: Path, tmp_path: Path) -> No
     weights = {name: a + 1 for name, a in saved.model.items()}
     checkpoint.save(run / BEST, replace(saved, model=weights))
     (tmp_path / "empty").mkdir()
-    last, best = export(run / LAST, out=tmp_path / "empty"), export(run, out=tmp_path / "new" / "deep")
+    last, best = write_folder(run / LAST, out=tmp_path / "empty"), write_folder(run, out=tmp_path / "new" / "deep")
     assert (gpt2.load(last).weights["wte.weight"] == saved.model["wte.weight"]).all()
     assert (gpt2.load(best).weights["wte.weight"] == weights["wte.weight"]).all()
-    assert export(run / LAST) == run / "hf"
+    assert write_folder(run / LAST) == run / "hf"
 
 
 def test_nothing_is_overwritten_or_left_half(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,13 +81,11 @@ def test_nothing_is_overwritten_or_left_half(run: Path, tmp_path: Path, monkeypa
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"out is there already; remove it, or choose another folder with --out-dir"):
-        export(run, out=out)
+        write_folder(run, out=out)
     with pytest.raises(ValueError, match=r"mine\.txt is there already"):
-        export(run, out=out / "mine.txt")
-    with pytest.raises(ValueError, match=r"to='onnx' is not a format; use 'hf'"):
-        export(run, "onnx")
+        write_folder(run, out=out / "mine.txt")
     with pytest.raises(OSError, match=r"could not be written"):
-        export(run, out=out / "mine.txt" / "below")
+        write_folder(run, out=out / "mine.txt" / "below")
     before = names(run)
     for error in (OSError("no space left"), KeyboardInterrupt()):
 
@@ -96,7 +94,7 @@ def test_nothing_is_overwritten_or_left_half(run: Path, tmp_path: Path, monkeypa
 
         monkeypatch.setattr("minigpt.export.card", fail)
         with pytest.raises(type(error)):
-            export(run)
+            write_folder(run)
         assert (names(run), names(out)) == (before, ["mine.txt"])
 
 
@@ -109,7 +107,7 @@ def test_the_card_says_what_is_known(run: Path) -> None:
     folder.write_record(
         run, {"text": {"source": "a|b <i> $x$"}, "commit": "0123abcd", "versions": {"python": "3.12.1", "numpy": "2.4"}}
     )
-    out = export(run)
+    out = write_folder(run)
     text = (out / "README.md").read_text(encoding="utf-8")
     assert (out / folder.CURVE).read_bytes() == (run / folder.CURVE).read_bytes()
     assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gpt2\n- minigpt\n---\n\n")
@@ -142,7 +140,7 @@ def test_the_card_leaves_out_what_is_not_known(run: Path) -> None:
 
 
 def test_the_code_of_the_card_runs(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(export(run))
+    monkeypatch.chdir(write_folder(run))
     theirs, ours = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
     (opening,) = re.findall(r'tokenizer\("(.*?)", return_tensors', theirs)
     for block, length in ((theirs, TINY.block_size), (ours, len(opening) + 300 + 1)):
@@ -171,7 +169,7 @@ def test_the_commands_write_a_folder_and_speak_with_it(
 def test_the_commands_refuse_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent)
     assert refused(monkeypatch, "export.py", "none").startswith("error: none holds no checkpoint")
-    export(run, out=Path("hf"))
+    write_folder(run, out=Path("hf"))
     assert refused(monkeypatch, "export.py", "run", "--out-dir", "hf").startswith("error: hf is there already")
     both = refused(monkeypatch, "generate.py", "--run", "run", "--model", "hf")
     assert both == "error: --run run and --model hf are two models; leave out one of them"

@@ -110,7 +110,7 @@ def test_a_whole_model_comes_from_the_hub_and_then_from_the_cache(
     words = CharTokenizer.from_text(verse())
     model = GPT(GPTConfig(words.vocab_size, 8, 1, 1, 8))
     (tmp_path / "model").mkdir()
-    gpt2.dump(model.config, model.state_dict(), words, tmp_path / "model")
+    gpt2.dump(gpt2.Pretrained(model.config, model.state_dict(), words), tmp_path / "model")
     for path in (tmp_path / "model").iterdir():
         monkeypatch.setitem(FILES, f"/someone/whole/resolve/main/{path.name}", path.read_bytes())
     expected = [words.encode("ANNA:").tolist(), float(model.wpe.weight.data.sum())]

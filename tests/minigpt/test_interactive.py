@@ -288,7 +288,7 @@ def test_a_session_in_a_terminal(home: Path, saved: Checkpoint, tmp_path: Path) 
     session = session_of(saved)
     with Terminal(home, "--max-tokens", "12", home=tmp_path) as terminal:
         greeting = terminal.until("> ")
-        assert greeting == f"{saved.title()}\n{session.settings}\nWrite a prompt; :help tells more.\n"
+        assert greeting == f"{saved.pretrained().title}\n{session.settings}\nWrite a prompt; :help tells more.\n"
         for line in ("ANNA:", "", ":temp 0.5", "::", ":", ":help"):
             assert [terminal.enter(line)] == said(session, line)
         assert terminal.enter(":temp -1") == "error: temperature=-1.0 must be finite and not negative\n"

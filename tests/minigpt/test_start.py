@@ -29,7 +29,7 @@ def folder_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GPT:
     Path("model").mkdir()
     for i, p in enumerate(model.parameters()):
         p.data += np.random.default_rng(i).normal(0, 0.2, p.shape).astype(np.float32)
-    gpt2.dump(SHAPE, model.state_dict(), BPETokenizer.train([verse()], 300), Path("model"))
+    gpt2.dump(gpt2.Pretrained(SHAPE, model.state_dict(), BPETokenizer.train([verse()], 300)), Path("model"))
     return model
 
 

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minigpt import tokenizer
-from minigpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, make_tokenizer, parts
+from minigpt.texts import parts
+from minigpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, make_tokenizer
 from tests.minigpt.small import verse
 
 ANY = st.text(st.characters())  # surrogates included: Python strings may hold them
@@ -122,7 +123,7 @@ def test_the_json_of_a_tokenizer_gives_the_same_ids(text: str) -> None:
 
 def test_unknown_kinds_are_refused() -> None:
     for state in ({"kind": "word"}, {}):
-        with pytest.raises(ValueError, match=r"is not known; use 'char', 'byte' or 'bpe'"):
+        with pytest.raises(ValueError, match=r"is not known; use char, byte, bpe"):
             tokenizer.from_dict(state)
     with pytest.raises(ValueError, match=r"there is no folder no/such/model"):
         make_tokenizer("no/such/model", "text")
@@ -141,14 +142,29 @@ def test_any_text_comes_back_from_pieces_of_words(pieces: BPETokenizer, text: st
     assert not text or 0 <= ids.min() <= ids.max() < pieces.vocab_size
 
 
-@given(text=st.text(st.sampled_from("abc 1'!\n\r\t\x1c\u00a0\u2028é😀"), max_size=80), size=st.integers(1, 20))
-def test_cutting_a_text_where_a_word_begins_leaves_its_tokens(pieces: BPETokenizer, text: str, size: int) -> None:
-    """Wherever there is such a place; elsewhere the text still comes back."""
+SPACES = [" ", "  ", "\n", "\n\n", " \n", "\n ", "\t", " \u00a0"]
+
+
+@given(
+    words=st.lists(st.tuples(st.sampled_from(["a", "it's", "naïve", "12", "😀!"]), st.sampled_from(SPACES)), max_size=30),
+    size=st.integers(16, 40),
+)
+def test_cutting_a_text_where_a_word_begins_leaves_its_tokens(
+    pieces: BPETokenizer, words: list[tuple[str, str]], size: int
+) -> None:
+    text = "".join(word + space for word, space in words)
     cuts = list(parts(text, size))
     assert "".join(cuts) == text
     assert all(len(part) <= size for part in cuts)
-    if all(later[0] in " \n" and not later[1:2].isspace() and later[1:2] for later in cuts[1:]):
+    if all(space[-1] in " \n" for _, space in words):  # otherwise there may be no such place
         assert [i for part in cuts for i in pieces.encode(part)] == pieces.encode(text).tolist()
+
+
+@given(text=st.text(max_size=60), size=st.integers(1, 20))
+def test_a_text_without_such_a_place_is_cut_anywhere(text: str, size: int) -> None:
+    cuts = list(parts(text, size))
+    assert "".join(cuts) == text
+    assert all(1 <= len(part) <= size for part in cuts) or text == ""
 
 
 def test_a_long_text_has_the_tokens_that_the_package_gives_it_whole(pieces: BPETokenizer) -> None:

@@ -12,8 +12,8 @@ from tinytensor.tensor import Tensor
 
 
 def skip() -> Setting:
-    """Within this block (or decorated function) this thread draws no initial weights, for a model that is about to be given
-    others: until then they are whatever was in memory.
+    """Within this block (or decorated function) this thread draws no random initial weights, for a model that is about to be
+    given others: until then they are whatever was in memory. Constants are still written.
     """
     return Setting("initialises", False)
 

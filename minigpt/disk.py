@@ -1,0 +1,51 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write(path: Path, text: str) -> None:
+    """Make or replace a small file, in a folder made for it; the old one or the new one is there at any time, whole. OSError
+    names it."""
+    part = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error})") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill within this block, which gets its name when the block ends well and vanishes otherwise.
+
+    ValueError when something is in `path` already; OSError names it when it cannot be written.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already; remove it, or choose another folder with --out-dir")
+    part = _beside(path)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            path.rmdir()  # not every system renames over a folder, even an empty one
+        os.rename(part, path)
+    except OSError as error:
+        if error.errno is None:  # a sentence already, such as that the hub does not answer
+            raise
+        raise OSError(f"{path} could not be written ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f"{path.resolve().name}.{os.getpid()}.tmp"
