@@ -13,6 +13,7 @@ A vjp is written in array language, so the same line runs on arrays (the fast pa
 from __future__ import annotations
 
 import heapq
+import math
 import sys
 import threading
 import weakref
@@ -146,6 +147,10 @@ class Node:
     def __reduce__(self) -> Any:
         raise TypeError(f"a result of {self.op.name} is not copied or pickled together with its graph; use detach()")
 
+    def free(self) -> None:
+        """Let go of what was saved."""
+        self.values = self.vjp = None
+
     def pull(self, g: Any, create_graph: bool, send: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:
         """Call send(node, share) for each input (only those in `wanted`) with what g = ∂L/∂y sends to it."""
         values = self.values
@@ -194,10 +199,10 @@ class Node:
                 share = share.astype(value.dtype)
             send(edge, share)
 
-    def _check_unwritten(self, values: list[Any]) -> None:
+    def _check_unwritten(self, values: list[Any], until: float = math.inf) -> None:
         params = [p for param in self.params.values() for p in (param if isinstance(param, tuple) else (param,))]
         for value in (*values, *params):
-            if hasattr(value, "strides") and (write := writes.find(value, self.serial)):
+            if hasattr(value, "strides") and (write := writes.find(value, self.serial, until)):
                 raise RuntimeError(
                     f"{self} saved an array of shape {value.shape} for its gradient, and "
                     f"{write.origin} wrote into it in place before backward; write into a copy (x.clone()) instead"
@@ -409,7 +414,7 @@ def sweep(
         while heap:
             node = heapq.heappop(heap)[1]
             g = total.pop(node)
-            if node.hooks is not None:
+            if node.hooks is not None and (wanted is None or node.op is not None or node in wanted):
                 for hook in node.hooks:
                     g = _hooked(hook, g, create_graph)
             if node.op is None:
@@ -422,7 +427,7 @@ def sweep(
             else:
                 node.pull(g, create_graph, add, on_the_way)
             if free:
-                node.values = node.vjp = None
+                node.free()
 
 
 def _observed_pull(node: Node, g: Any, create_graph: bool, add: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:

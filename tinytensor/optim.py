@@ -21,30 +21,46 @@ class FlatBuffer:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         first = parameters[0].data
-        xp = backend.xp_of(first)
         step = _ALIGNMENT // first.itemsize
-        self.parameters = parameters
-        self.starts = [0]
+        starts = [0]
         for p in parameters:
-            self.starts.append(self.starts[-1] + -(-p.size // step) * step)
-        self.data = xp.zeros(self.starts[-1], first.dtype)
-        self.grad = xp.zeros(self.starts[-1], first.dtype)
-        self.views = [self._place(self.data, i) for i in range(len(parameters))]
-        self.slots = [self._place(self.grad, i) for i in range(len(parameters))]
+            starts.append(starts[-1] + -(-p.size // step) * step)
+        self._allocate(parameters, starts, [p.shape for p in parameters], first.dtype, backend.device_of(first))
         for p, view, slot in zip(parameters, self.views, self.slots, strict=True):
             view[...] = p.data
             p.data = view
             if isinstance(p.node, Leaf):
                 p.node.slot = slot
 
-    def _place(self, memory: Array, i: int) -> Array:
-        p, start = self.parameters[i], self.starts[i]
-        return memory[start : start + p.size].reshape(p.shape)
+    def _allocate(self, parameters: list[Tensor], starts: list[int], shapes: list[Any], dtype: np.dtype, device: str) -> None:
+        xp = backend.xp_for(device)
+        self.parameters, self.starts = parameters, starts
+        self.data, self.grad = xp.zeros(starts[-1], dtype), xp.zeros(starts[-1], dtype)
+        places = [(start, start + math.prod(shape), shape) for start, shape in zip(starts, shapes, strict=False)]
+        self.views = [self.data[start:end].reshape(shape) for start, end, shape in places]
+        self.slots = [self.grad[start:end].reshape(shape) for start, end, shape in places]
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copied arrays are views no more, so copied parameters are laid out anew
-        gradients = [p.grad for p in self.parameters]
-        in_slots = [g is not None and g.data is slot for g, slot in zip(gradients, self.slots, strict=True)]
-        return _laid_out, (self.parameters, in_slots)
+    def __getstate__(self) -> tuple[Any, ...]:
+        in_views = [p.data is view for p, view in zip(self.parameters, self.views, strict=True)]
+        in_slots = [p.grad is not None and p.grad.data is slot for p, slot in zip(self.parameters, self.slots, strict=True)]
+        memory = self.starts, [view.shape for view in self.views], self.data.dtype, backend.device_of(self.data)
+        return self.parameters, *memory, in_views, in_slots
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Copied arrays are views no more, so copied parameters are laid out anew."""
+        *memory, in_views, in_slots = state
+        self._allocate(*memory)
+        if not all(hasattr(p, "data") for p in self.parameters):  # a hook of theirs led here first; `gather` will do it
+            return
+        for p, view, slot, viewed, inside in zip(self.parameters, self.views, self.slots, in_views, in_slots, strict=True):
+            if viewed:
+                view[...] = p.data
+                p.data = view
+            if isinstance(p.node, Leaf):
+                p.node.slot = slot
+            if inside and p.grad is not None:
+                slot[...] = p.grad.data
+                p.grad = Tensor(slot)
 
     def gather(self) -> list[bool]:
         """Bring back what a user (or another optimiser) replaced, and say which parameters have a gradient."""
@@ -61,16 +77,6 @@ class FlatBuffer:
                     slot[...] = leaf.grad.data
                     leaf.grad, leaf.slot = Tensor(slot), slot
         return present
-
-
-def _laid_out(parameters: list[Tensor], in_slots: list[bool]) -> FlatBuffer:
-    """Their buffer, with the gradients that are to be in it."""
-    buffer = FlatBuffer(parameters)
-    for p, slot, inside in zip(parameters, buffer.slots, in_slots, strict=True):
-        if inside:
-            slot[...] = p.grad.data  # type: ignore[union-attr]
-            p.grad = Tensor(slot)
-    return buffer
 
 
 class Optimizer:
@@ -174,7 +180,8 @@ class Optimizer:
         for buffer, _ in () if set_to_none else self._buffers:
             buffer.grad[...] = 0
             for p, slot in zip(buffer.parameters, buffer.slots, strict=True):
-                p.grad = Tensor(slot)
+                if isinstance(p.node, Leaf):  # it may have been frozen since
+                    p.grad, p.node.slot = Tensor(slot), slot
 
     def state_dict(self) -> dict[str, Any]:
         """Step counts, moments (copies, by parameter index) and the groups' hyper-parameters."""

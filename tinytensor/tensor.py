@@ -98,7 +98,7 @@ class Tensor(Value):
         gradient = autograd.as_value(value)
         if gradient.shape != self.shape:
             raise ValueError(f"a gradient of shape {gradient.shape} does not fit shape {self.shape}")
-        self.node.grad = gradient.clone() if writes.read_only(gradient.data) else gradient  # more may be added to it
+        self.node.grad = gradient.clone() if backend.read_only(gradient.data) else gradient  # more may be added to it
 
     def __len__(self) -> int:
         if self.ndim == 0:

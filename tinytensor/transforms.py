@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytensor import autograd, backend, state
+from tinytensor import autograd, backend, state, writes
 from tinytensor.autograd import Node, Op, Spec, Value
 from tinytensor.backend import precision, random
 from tinytensor.tensor import Tensor, root
@@ -131,22 +131,38 @@ class Checkpoint(Op):
         raise NotImplementedError
 
 
+class _Unwritten(state.Observer):
+    """Refuses what f reads again although somebody has written there since it was read first."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.until = node, next(writes.serial)
+
+    def forward(self, op: type[Op], inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+        self.node._check_unwritten([x.data if isinstance(x, Value) else x for x in inputs], self.until)
+        return run()
+
+
 class _Replay(Node):
     """A node that stands for a whole function: on its turn it records the function's graph and hands the gradient to that."""
 
     __slots__ = ("f", "keys", "precision")
-    f: Callable[..., Tensor]
+    f: Callable[..., Tensor] | None
     keys: list[random.Key]  # of the random numbers that f drew
     precision: state.Precision
     opaque = True  # what f closes over (its parameters) is not among the edges
 
+    def free(self) -> None:
+        super().free()
+        self.f, self.keys = None, []
+
     def pull(self, g: Any, create_graph: bool, send: Callable[[Any, Any], None], wanted: set[Any] | None) -> None:
-        if self.values is None:
+        if self.values is None or self.f is None:
             super().pull(g, create_graph, send, wanted)  # raises: freed
             return
-        self._check_unwritten([v.data for v in self.values if isinstance(v, Value)])
+        watch = [_Unwritten(self)] if writes.latest > self.serial else []
+        observers = (*state.thread.observers, *watch)
         # f belongs to the module that called it
-        with state.lent((True, self.precision, self.call, state.thread.observers)), random.noted(self.keys) as keys:
+        with state.lent((True, self.precision, self.call, observers)), random.noted(self.keys) as keys:
             y = self.f(*self.values[1:])
         if keys != self.keys:
             raise RuntimeError(
@@ -161,16 +177,24 @@ def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """f(*inputs) without keeping what happens inside f: backward runs f a second time, with the same random numbers.
 
     Gradients reach the inputs and everything f closes over, with the same bits as without it (derivatives of higher order are
-    sums in another order). f must return one tensor and do the same when called again. (Chen et al., "Training deep nets with
-    sublinear memory cost", 2016.)
+    sums in another order). f must return one tensor and do the same when called again; it runs under no_grad first, so it
+    cannot ask for gradients itself. (Chen et al., "Training deep nets with sublinear memory cost", 2016.)
     """
+    begun = next(writes.serial)
     with state.no_grad(), random.noted() as keys:
         y = f(*inputs)
     if not isinstance(y, Tensor):
         raise TypeError(f"checkpoint: f must return one tensor, it returned {type(y).__name__}")
-    if not state.is_grad_enabled() or not backend.is_float(y.dtype):
-        return y
+    values = [x for x in inputs if isinstance(x, Value)]
+    if any(writes.find(x.data, begun) for x in values):
+        raise RuntimeError("checkpoint: f wrote into an input in place, which backward would do again; write into a clone()")
     edges = [x.node if isinstance(x, Value) else None for x in inputs]
-    node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *inputs], None)
-    node.f, node.keys, node.precision = f, keys, precision.current()
-    return Tensor(y.data, node)
+    parameters = getattr(f, "parameters", None)  # of a module; what else f closes over cannot be seen
+    constant = parameters is not None and not any(edges) and not any(p.requires_grad for p in parameters())
+    if constant or not state.is_grad_enabled() or not backend.is_float(y.dtype):
+        return y
+    # twins, for somebody may give a tensor other data; and a view, for y may be an input
+    twins = [Tensor(x.data, x.node) if isinstance(x, Value) else x for x in inputs]
+    node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *twins], None)
+    node.f, node.keys, node.precision, node.serial = f, keys, precision.current(), begun
+    return Tensor(y.data.view() if any(y.data is x.data for x in values) else y.data, node)

@@ -8,13 +8,14 @@ twin is found as well. Nothing is paid per operation; the log is searched only w
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import threading
 import weakref
 from types import CodeType
 from typing import NamedTuple
 
-from tinytensor.backend import Array, byte_bounds, memory_root
+from tinytensor.backend import Array, byte_bounds, memory_root, read_only
 
 serial = itertools.count(1)
 latest = 0  # serial of the newest write
@@ -44,11 +45,6 @@ def line(depth: int = 1) -> tuple[CodeType, int]:
 def caller() -> Origin:
     """The innermost line outside this package that led here."""
     return Origin(*line(2))
-
-
-def read_only(array: Array) -> bool:
-    """Whether `array` lies in memory that may not be written: bytes, a broadcast, another library's constant."""
-    return not getattr(array.flags, "writeable", True)  # which CuPy's arrays always are
 
 
 def check(array: Array) -> None:
@@ -87,14 +83,18 @@ def record(array: Array) -> None:
             ranges[low, high] = newest
 
 
-def find(array: Array, since: int) -> Write | None:
-    """A write newer than `since` to memory that `array` can see, or None."""
+def _borrowed(root: Array | None) -> bool:
+    return root is not None and root.base is not None
+
+
+def find(array: Array, since: int, until: float = math.inf) -> Write | None:
+    """A write newer than `since`, and older than `until`, to memory that `array` can see, or None."""
     if latest < since:
         return None
-    entry = _log.get(id(memory_root(array)))
-    if entry is None:
-        return None
+    root = memory_root(array)
     low, high = byte_bounds(array)
     with _log_lock:
-        hits = [w for (lo, hi), w in entry[1].items() if w.serial > since and lo < high and low < hi]
-    return max(hits, default=None, key=lambda w: w.serial)
+        # memory that another library owns, or lends us twice, has as many roots as there are ways that led here
+        near = [r for key, (other, r) in _log.items() if key == id(root) or _borrowed(root) or _borrowed(other())]
+        hits = [w for ranges in near for (lo, hi), w in ranges.items() if lo < high and low < hi]
+    return max((w for w in hits if since < w.serial < until), default=None, key=lambda w: w.serial)

@@ -1281,3 +1281,85 @@ def test_what_linear_returns_may_be_written_in_place() -> None:
     h += 1
     h.sum().backward()
     assert h.tolist() == [[4] * 4] * 2 and x.grad.tolist() == [[4] * 3] * 2
+
+
+@pytest.mark.parametrize("through", ["leaf", "array", "tuple", "closure"])
+def test_what_checkpoint_reads_again_must_not_have_been_written(through: str) -> None:
+    """As without it: the recomputed part would mix the old values with the new."""
+    x, w = tt.ones(3, requires_grad=True), tt.ones(3)
+    made = {
+        "leaf": lambda: tt.checkpoint(lambda x, w: (x * w).sum(), x, w),
+        "array": lambda: tt.checkpoint(lambda x, w: (x * w).sum(), x, w.data),
+        "tuple": lambda: tt.checkpoint(lambda x, w: (x * w[0]).sum(), x, (w,)),
+        "closure": lambda: tt.checkpoint(lambda x: (x * w).sum(), x),
+    }[through]()
+    w *= 5
+    with pytest.raises(RuntimeError, match=r"checkpoint at .* saved an array of shape \(3,\) .* wrote into it in place"):
+        made.backward()
+
+
+def test_what_is_written_within_checkpoint_or_after_another_may_be_read_again() -> None:
+    w = tt.ones(3)
+    w += 1  # older than the graph
+
+    def f(x: tt.Tensor) -> tt.Tensor:
+        own = tt.zeros(3)
+        own += 2
+        return (x * w * own).sum()
+
+    x = tt.ones(3, requires_grad=True)
+    tt.checkpoint(f, x).backward()
+    assert x.grad.tolist() == [4, 4, 4]
+
+
+def test_a_function_that_writes_into_its_input_is_refused() -> None:
+    x = tt.ones(2, requires_grad=True)
+
+    def f(h: tt.Tensor) -> tt.Tensor:
+        h += 1
+        return (h * h).sum()
+
+    with pytest.raises(RuntimeError, match="checkpoint: f wrote into an input in place"):
+        tt.checkpoint(f, x * 1)
+
+
+def test_checkpoint_keeps_what_it_read_when_a_tensor_is_given_other_data() -> None:
+    x = tt.tensor([1.0, 2.0], requires_grad=True)
+    h = x * 1
+    y = tt.checkpoint(lambda h: (h * h).sum(), h)
+    h.data = np.array([9, 9], np.float32)
+    y.backward()
+    assert x.grad.tolist() == [2, 4]
+
+
+def test_checkpoint_of_an_input_itself_is_a_view_of_it() -> None:
+    x = tt.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="in-place write"):
+        tt.checkpoint(lambda x: x, x).__iadd__(1)
+    assert x.tolist() == [1, 1]
+
+
+def test_frozen_modules_in_checkpoint_want_no_gradients() -> None:
+    module = tt.nn.Linear(2, 2).requires_grad_(False)
+    assert not tt.checkpoint(module, tt.ones(1, 2)).requires_grad
+    assert tt.checkpoint(module, tt.ones(1, 2, requires_grad=True)).requires_grad
+
+
+def test_checkpoint_lets_go_of_its_function_after_backward() -> None:
+    class Held:
+        pass
+
+    held = Held()
+    seen = weakref.ref(held)
+    y = tt.checkpoint(lambda x, held=held: (x * x).sum(), tt.ones(2, requires_grad=True))
+    del held
+    assert seen() is not None
+    y.backward()
+    assert seen() is None
+
+
+def test_hooks_of_what_was_not_asked_for_stay_silent_also_through_checkpoint() -> None:
+    module, x = tt.nn.Linear(2, 2), tt.ones(1, 2, requires_grad=True)
+    module.weight.register_hook(lambda g: pytest.fail("not asked for"))
+    for y in (module(x), tt.checkpoint(module, x)):
+        assert tt.grad(y.sum(), x)[0].shape == (1, 2)

@@ -292,3 +292,49 @@ def test_a_spawned_worker_trains_a_model_and_sends_it_back() -> None:
         loss(model, 9).backward()
         its.step()
     assert bits(net) == bits(back)
+
+
+class Trainer:
+    """What hooks lead back to, the optimiser in it."""
+
+    def __init__(self) -> None:
+        self.model = tt.nn.Linear(2, 2)
+        self.optimizer = tt.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.seen = 0
+        self.model.weight.register_hook(self.note)
+
+    def note(self, gradient: tt.Tensor) -> None:
+        self.seen += 1
+
+    def step(self) -> list[float]:
+        self.optimizer.zero_grad()
+        self.model(tt.ones(1, 2)).sum().backward()
+        self.optimizer.step()
+        return self.model.weight.tolist()
+
+
+@duplicates
+def test_a_hook_may_lead_to_the_optimiser(duplicate: Callable[[Any], Any]) -> None:
+    trainer = Trainer()
+    trainer.step()
+    twin = duplicate(trainer)
+    assert [trainer.step(), trainer.step()] == [twin.step(), twin.step()]
+    assert twin.seen == trainer.seen == 3
+    assert twin.model.weight.data.base is twin.optimizer._buffers[0][0].data
+
+
+@duplicates
+def test_an_optimiser_whose_parameters_changed_dtype_goes_on_the_same(duplicate: Callable[[Any], Any]) -> None:
+    model = tt.nn.Sequential(tt.nn.Linear(4, 5), tt.nn.Linear(5, 3))
+    optimizer = tt.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: tt.nn.Module, optimizer: tt.optim.AdamW) -> list[bytes]:
+        optimizer.zero_grad()
+        model(tt.ones(1, 4)).sum().backward()
+        optimizer.step()
+        return [p.data.tobytes() for p in model.parameters()]
+
+    step(model, optimizer)
+    model[0].to("float64")
+    twin = duplicate((model, optimizer))
+    assert step(model, optimizer) == step(*twin)

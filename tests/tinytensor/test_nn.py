@@ -345,3 +345,15 @@ def test_initialising_is_a_write() -> None:
     nn.init.zeros_(layer.weight)
     with pytest.raises(RuntimeError, match="wrote into it in place"):
         loss.backward()
+
+
+def test_read_only_arrays_may_be_replaced_by_others() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    for _ in range(2):
+        model.load_state_dict({"weight": np.frombuffer(bytes(16), np.float32).reshape(2, 2)}, assign=True)
+
+
+def test_modules_that_know_their_parent_have_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].parent = model
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]

@@ -381,3 +381,11 @@ def test_two_optimisers_may_share_a_parameter() -> None:
         (p * 2).sum().backward()
         optimizer.step()
         np.testing.assert_allclose(p.data, expected, rtol=1e-6)
+
+
+def test_zeroed_gradients_leave_frozen_parameters_alone() -> None:
+    model = tt.nn.Linear(2, 2)
+    optimizer = AdamW(model.parameters())
+    model.weight.requires_grad = False
+    optimizer.zero_grad(set_to_none=False)
+    assert model.weight.grad is None and model.bias.grad.tolist() == [0, 0]

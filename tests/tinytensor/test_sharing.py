@@ -349,3 +349,49 @@ def test_an_array_of_a_subclass_becomes_a_plain_one_in_the_same_memory() -> None
     masked = np.ma.array([[1.0, 2.0]], mask=[[False, True]])
     x = tt.as_tensor(masked)
     assert type(x.data) is np.ndarray and np.shares_memory(x.data, masked.data) and x.sum().item() == 3
+
+
+def twice(kind: str) -> tuple[tt.Tensor, tt.Tensor]:
+    """Two tensors on one memory, which got there by different ways."""
+    if kind == "torch":
+        t = torch.ones(3)
+        return tt.from_dlpack(t), tt.from_dlpack(t)
+    if kind == "there and back":
+        t = tt.ones(3)
+        return t, tt.from_dlpack(torch.from_dlpack(t))
+    if kind == "array":
+        a = np.ones(3, np.float32)
+        return tt.as_tensor(a), tt.from_dlpack(a)
+    if kind == "buffer":
+        b = array.array("f", [1, 1, 1])
+        return tt.as_tensor(b), tt.as_tensor(b)
+    t = tt.ones(3)
+    return t, tt.as_tensor(memoryview(t.numpy()))
+
+
+@pytest.mark.parametrize("kind", ["torch", "there and back", "array", "buffer", "memoryview"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_write_is_found_by_whichever_way_it_came(kind: str, swapped: bool) -> None:
+    a, b = twice(kind)[:: -1 if swapped else 1]
+    w = tt.ones(3, requires_grad=True)
+    y = (w * a).sum()
+    other = tt.ones(3)
+    other += 1  # elsewhere
+    y.backward(retain_graph=True)
+    b *= 7
+    assert a.tolist() == [7, 7, 7]
+    with pytest.raises(RuntimeError, match=r"mul at .* saved an array of shape \(3,\) .* wrote into it in place"):
+        y.backward()
+
+
+@pytest.mark.parametrize("make", [lambda: tt.as_tensor(bytes(8)), lambda: tt.ones(1).broadcast_to((3,))])
+def test_what_may_only_be_read_does_not_leave_by_dlpack(make: Callable[[], tt.Tensor]) -> None:
+    with pytest.raises(BufferError, match=r"that may only be read does not travel by DLPack; use clone\(\)"):
+        torch.from_dlpack(make())
+    assert torch.from_dlpack(make().clone()).shape == make().shape
+
+
+def test_arrays_of_no_dtype_of_ours_are_refused_by_from_dlpack() -> None:
+    for dtype in (">f4", "M8[s]", "O"):
+        with pytest.raises(TypeError, match="from_dlpack: numpy takes no ndarray of dtype"):
+            tt.from_dlpack(np.zeros(2, dtype))

@@ -133,6 +133,11 @@ def byte_bounds(array: Array) -> tuple[int, int]:
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + array.itemsize
 
 
+def read_only(array: Array) -> bool:
+    """Whether `array` lies in memory that may not be written: bytes, a broadcast, another library's constant."""
+    return not getattr(array.flags, "writeable", True)  # which CuPy's arrays always are
+
+
 def is_basic_index(index: Any) -> bool:
     """Whether the index names each element at most once, so that plain assignment adds."""
     parts = index if isinstance(index, tuple) else (index,)

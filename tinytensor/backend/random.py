@@ -43,8 +43,9 @@ class Key(NamedTuple):
 
 def uniform(key: Key, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """Uniform on [0, 1)."""
-    if dtype == np.float16:  # whose rounding would reach 1
-        return (key.generator().integers(0, 2048, shape) / 2048).astype(dtype)
+    if dtype.itemsize == 2:  # whose rounding would reach 1
+        steps = 2048 if dtype == np.float16 else 256  # of bfloat16
+        return (key.generator().integers(0, steps, shape) / steps).astype(dtype)
     return key.generator().random(shape, np.float32 if dtype.itemsize <= 4 else np.float64).astype(dtype, copy=False)
 
 

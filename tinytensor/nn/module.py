@@ -70,13 +70,13 @@ class Module:
 
         def walk(module: Module, path: str) -> Iterator[tuple[str, Parameter]]:
             for name, value in vars(module).items():
-                full = f"{path}.{name}" if path else name
-                if isinstance(value, Parameter):
-                    if shared or id(value) not in seen:
-                        seen.add(id(value))
+                if isinstance(value, Parameter | Module) and (shared or id(value) not in seen):
+                    seen.add(id(value))
+                    full = f"{path}.{name}" if path else name
+                    if isinstance(value, Parameter):
                         yield full, value
-                elif isinstance(value, Module):
-                    yield from walk(value, full)
+                    else:
+                        yield from walk(value, full)
 
         return walk(self, "")
 
@@ -109,7 +109,7 @@ class Module:
                 problems.append(f"{k} has shape {a.shape} where the model has {every[k].shape}")
             elif k in every and a.dtype.kind not in "fiu":
                 problems.append(f"{k} has dtype {a.dtype}, which is not a number")
-            elif k in every and writes.read_only(every[k].data):
+            elif k in every and not assign and backend.read_only(every[k].data):
                 problems.append(f"{k} lies in memory that may only be read; make the parameter of a clone()")
         if problems:
             raise ValueError(f"state does not fit {type(self).__name__}: " + "; ".join(problems))
