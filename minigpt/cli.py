@@ -112,11 +112,11 @@ class Prepare:
     """Make tokens of texts of any size, once: a folder to train on with --data."""
 
     data: tyro.conf.Positional[tuple[Path, ...]]
-    """UTF-8 texts, compressed ones (.gz), tables (.parquet), and folders of them"""
+    """UTF-8 texts, compressed ones (.gz), tables (.parquet), and folders of them (.txt, .gz, .parquet)"""
     out_dir: Path
     """the folder to make"""
     tokenizer: str = "bpe"
-    """char, byte, bpe (trained on these texts), or a model whose tokenizer to use, as for training"""
+    """char, byte, bpe (trained on these texts), or a model whose tokenizer to use: a run's folder, or as for training"""
     vocab_size: int | None = None
     """tokens of a bpe tokenizer, by default 1,024"""
     column: str = "text"
@@ -127,7 +127,9 @@ class Prepare:
 def prepare() -> None:
     """Make tokens of texts: `minigpt prepare texts/ --out-dir data/mine --vocab-size 8192`."""
     args = tyro.cli(Prepare)
-    made = tokens.prepare(args.data, args.out_dir, args.tokenizer, args.vocab_size, args.column)
+    run = Path(args.tokenizer)
+    chosen = checkpoint.load_run(run).tokenizer if checkpoint.saved_in(run) else args.tokenizer
+    made = tokens.prepare(args.data, args.out_dir, chosen, args.vocab_size, args.column)
     print(
         f"{made.source}: {made.characters:,} characters, SHA-256 {made.sha256[:12]}…\n"
         f"{len(made.ids):,} tokens of a vocabulary of {made.tokenizer.vocab_size:,} are in {made.path}, "

@@ -170,14 +170,9 @@ class TrainConfig:
         _require(0 < self.val_share < 1, f"val_share={self.val_share} must be above 0 and below 1")
         _require(self.grad_clip > 0, f"grad_clip={self.grad_clip} must be positive; use inf for no clipping")
         _require(self.min_lr <= self.lr, f"min_lr={self.min_lr} must not be above lr={self.lr}")
-        _check_whole(
-            self, **{name: 1 for name in ("threads", "shards", "save_interval", "profile") if getattr(self, name) is not None}
-        )
+        optional = ("threads", "shards", "save_interval", "profile", "vocab_size")
+        _check_whole(self, **{name: 1 for name in optional if getattr(self, name) is not None})
         self.model(vocab_size=1)
-        _require(
-            self.vocab_size is None or self.tokenizer == "bpe",
-            f"vocab_size={self.vocab_size} is for tokenizer='bpe'; any other brings its own",
-        )
         _require(
             self.precision == "fp32" or self.device == "cuda",
             f"precision={self.precision!r} needs device='cuda'; the CPU computes in fp32",

@@ -65,7 +65,7 @@ TINY_PLAYS = (
 )
 TINY_LINES = 40_000
 
-IN_MEMORY = 10**9  # bytes of a text file that is read whole
+IN_MEMORY = 10**8  # bytes of a text file that is read whole
 HTTP_TIMEOUT = 10  # seconds without an answer
 PIP_TIMEOUT = 120  # seconds for the whole download of 2 MB
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 def write(path: Path, text: str) -> None:
     """Make or replace a small file, in a folder made for it; the old one or the new one is there at any time, whole. OSError
     names it."""
-    part = _beside(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -32,9 +33,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already; remove it, or choose another folder with --out-dir")
-    part = _beside(path)
+    path, part = path.resolve(), None
     try:
-        part.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))  # nobody else's
+        os.umask(umask := os.umask(0))
+        part.chmod(0o777 & ~umask)
         yield part
         if path.exists():
             path.rmdir()  # not every system renames over a folder, even an empty one
@@ -44,8 +48,5 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.parent / f"{path.resolve().name}.{os.getpid()}.tmp"
+        if part:
+            shutil.rmtree(part, ignore_errors=True)

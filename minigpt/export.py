@@ -31,7 +31,7 @@ written = model.generate(**prompt, max_length={block_size}, do_sample=True, temp
 print(tokenizer.decode(written[0]))
 ```
 
-In minigpt, `python scripts/generate.py --model .`, or:
+In minigpt, `minigpt generate --model .`, or:
 
 ```python
 from minigpt import gpt2
@@ -87,6 +87,7 @@ def _facts(saved: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
     loss = f"{saved.val_loss:.4f} nats per token" if math.isfinite(saved.val_loss) else "not measured"
     return {
         "validation loss": loss,
+        "begun with the weights of": saved.config.init_from,
         "step": f"{saved.step:,} of {saved.config.max_steps:,}",
         "tokens read": f"{saved.tokens:,}",
         "text": text.get("source") if isinstance(text, dict) else None,

@@ -51,6 +51,11 @@ class Pretrained(NamedTuple):
         if self.tokenizer is None or self.tokenizer.vocab_size == self.config.vocab_size:
             return self
         rows = self.tokenizer.vocab_size
+        if rows > self.config.vocab_size:
+            raise ValueError(
+                f"{self.title}: the tokenizer has {rows} ids and the model {self.config.vocab_size} rows for them; "
+                "use the tokenizer that the model was trained with"
+            )
         weights = self.weights | {"wte.weight": self.weights["wte.weight"][:rows]}
         return self._replace(config=replace(self.config, vocab_size=rows), weights=weights)
 
@@ -66,14 +71,11 @@ def load(source: str | Path, dropout: float = 0.0) -> Pretrained:
     source = str(source)
     config = replace(_config(source), dropout=dropout)
     places = _places(source)
+    if config.n_layer > len(places):  # before a name is made for each
+        raise ValueError(f"{source} has {len(places)} tensors, but {CONFIG} says n_layer={config.n_layer}; fetch it again")
     shapes = _shapes(config)
     _check(source, places, shapes)
     tokenizer = _tokenizer(source)
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size} rows for them; "
-            "use the tokenizer that the model was trained with"
-        )
     weights = {name: _turned(name, places[name].read()) for name in shapes}
     if HEAD in places and not np.array_equal(places[HEAD].read(), weights["wte.weight"], equal_nan=True):
         raise ValueError(f"{source}: {HEAD} is not wte.weight, as it always is here; use a model with tied embeddings")
@@ -145,7 +147,7 @@ def _config(source: str) -> GPTConfig:
     """The model's shape; ValueError where its config.json asks for what is not computed here."""
     path = hub.find(source, CONFIG)
     if path is None:
-        raise ValueError(f"{source} has no {CONFIG}; name the folder of a model that was saved with save_pretrained")
+        raise ValueError(f"{source} has no {CONFIG}; name the folder of a model that save_pretrained or minigpt export made")
     values = _read_json(path)
     if values.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'; use a model of GPT-2's kind")

@@ -134,6 +134,8 @@ def speak(
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character")
     ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise ValueError(f"the prompt {prompt!r} is nothing to the model's tokenizer; give another")
     if len(ids) > (block := model.config.block_size):
         log.warning("warning: the prompt has %d tokens; the model sees the last %d", len(ids), block)
     for sample in range(num_samples):
@@ -145,18 +147,17 @@ def speak(
 
 def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens, up to the one that ends a text, in pieces as they come."""
-    written: list[int] = []
-    shown = ""
+    waiting: list[int] = []
     for token in tokens:
         if token == tokenizer.end_of_text:
             break
-        written.append(token)
-        whole = tokenizer.decode(written).rstrip("\ufffd")  # bytes of an unfinished character wait for the rest
-        if len(whole) > len(shown):
-            yield whole[len(shown) :]
-            shown = whole
-    if rest := tokenizer.decode(written)[len(shown) :]:
-        yield rest
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):  # else bytes of an unfinished character wait for the rest
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)
 
 
 def opening(tokenizer: Tokenizer) -> str:

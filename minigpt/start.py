@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from minigpt import checkpoint, gpt2
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.corpus import load_corpus, read_text
@@ -32,9 +34,13 @@ def weights(config: TrainConfig, corpus: Text) -> tuple[TrainConfig, Pretrained 
         asked, has = getattr(config, name), getattr(found.config, name)
         if asked not in (has, getattr(PRESETS[config.preset], name)):
             raise ValueError(f"{name}={asked} does not fit the weights of {config.init_from}, which have {has}; leave it out")
-    if config.block_size > found.config.block_size:
-        most = found.config.block_size
+    most = found.config.block_size
+    if config.block_size > most and config.block_size != PRESETS[config.preset].block_size:
         raise ValueError(f"block_size={config.block_size} is more than the {most} positions of {config.init_from}; use {most}")
+    config = replace(config, block_size=min(config.block_size, most))
+    for name, array in found.weights.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"the weights {name} of {config.init_from} are not finite; begin with others")
     fitting = _with_tokenizer(found, config, corpus).cropped()
     fitting.weights["wpe.weight"] = fitting.weights["wpe.weight"][: config.block_size]
     return replace(config, **{name: getattr(found.config, name) for name in _SHAPE}), fitting
@@ -49,12 +55,12 @@ def model(source: str) -> Pretrained:
 
 def _with_tokenizer(found: Pretrained, config: TrainConfig, corpus: Text) -> Pretrained:
     """Weights whose folder had no tokenizer, with the one of the prepared text, or of the model that `tokenizer` names."""
-    if found.tokenizer is not None:
-        if config.tokenizer is not None:
-            raise ValueError(f"{config.init_from} brings its own tokenizer; leave out --tokenizer {config.tokenizer}")
-        return found
-    if isinstance(corpus, TokenFile):
-        return found._replace(tokenizer=corpus.tokenizer)
+    own = found.tokenizer or (corpus.tokenizer if isinstance(corpus, TokenFile) else None)
+    if own is not None:
+        if config.tokenizer is not None or config.vocab_size is not None:
+            of = config.init_from if found.tokenizer else config.data
+            raise ValueError(f"{of} brings its own tokenizer; leave out --tokenizer and --vocab-size")
+        return found._replace(tokenizer=own)
     if config.tokenizer in (None, *KINDS):
         raise ValueError(f"{config.init_from} has no tokenizer; name a model that has the right one with --tokenizer")
     return found._replace(tokenizer=make_tokenizer(config.tokenizer, ()))

@@ -26,21 +26,26 @@ class CorpusError(ValueError):
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
-    """The files of texts among `paths`, in their order; those of a folder, and of the folders in it, by name."""
+    """The files of texts among `paths`, in their order; of a folder, and of the folders in it, those that are not hidden."""
     found: list[Path] = []
     for path in paths:
+        if not path.exists():
+            raise CorpusError(f"cannot read {path} (No such file or directory): {_REMEDY}")
         inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
+        inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         if not inside:
             raise CorpusError(f"cannot read {path} (a folder without files in {', '.join(SUFFIXES)}): {_REMEDY}")
         found += inside
+    if not found:
+        raise CorpusError("there is nothing to read: name files, or folders of them")
     return found
 
 
 def documents(paths: list[Path], column: str = "text", read: Callable[[int], object] = lambda _: None) -> Documents:
     """The documents of some files: each file is one, or each row of a table, where `column` holds the text.
 
-    A byte order mark is dropped and line ends become "\\n", for either would cost the vocabulary a symbol; nothing else is
-    changed. `read` is told of every number of bytes read. Memory: a few pieces of 1 MB. CorpusError: a file cannot be read,
+    A file's byte order mark is dropped and line ends become "\\n", for either would cost the vocabulary a symbol; nothing else
+    is changed. `read` is told of every number of bytes read. Memory: a few pieces of 1 MB. CorpusError: a file cannot be read,
     or is not UTF-8 text.
     """
     for path in paths:
@@ -83,8 +88,9 @@ def _chunks(path: Path, read: Callable[[int], object]) -> Iterator[bytes]:
             data = b"-"
             while data:
                 yield (data := file.read(_PIECE))
-                read(raw.tell() - told)
-                told = raw.tell()
+                done = raw.tell() if file is not raw else told + len(data)  # a pipe cannot tell
+                read(done - told)
+                told = done
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}): {_REMEDY}") from error
 
@@ -108,7 +114,7 @@ def _rows(path: Path, column: str, read: Callable[[int], object]) -> Iterator[st
                     if text:
                         yield text.replace("\r\n", "\n").replace("\r", "\n")
                 read(size * len(batch) // rows)
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
         raise CorpusError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}): {_REMEDY}") from error
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -52,7 +53,10 @@ class CharTokenizer:
     @classmethod
     def from_text(cls, text: Iterable[str]) -> Self:
         """The tokenizer of all characters in a text, or in pieces of texts."""
-        return cls("".join(sorted(set(chain.from_iterable(text)))))
+        symbols = "".join(sorted(set(chain.from_iterable(text))))
+        if not symbols:
+            raise ValueError("the text is empty; name one with characters in it")
+        return cls(symbols)
 
     @property
     def vocab_size(self) -> int:
@@ -120,9 +124,16 @@ class BPETokenizer:
     def __init__(self, tokenizer_json: str) -> None:
         package = _tokenizers()
         try:
-            self._bpe = package.Tokenizer.from_str(tokenizer_json)
+            state = json.loads(tokenizer_json)
+            state["model"]["dropout"] = None  # the same text is to have the same tokens
+            self._bpe = package.Tokenizer.from_str(json.dumps(state))
         except Exception as error:  # the package raises nothing more precise
             raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error}") from None
+        before = state.get("pre_tokenizer") or {}
+        steps = before.get("pretokenizers", [before])
+        whole = all(step.get("type") in ("ByteLevel", "Split") and step.get("behavior") != "Removed" for step in steps)
+        if state.get("normalizer") or any(step.get("add_prefix_space") for step in steps) or not whole:
+            raise ValueError("no text would come back from this tokenizer as it was; use one that works on bytes, as GPT-2's")
         self._bpe.no_truncation()
         self._bpe.no_padding()
 
@@ -138,7 +149,7 @@ class BPETokenizer:
         trainer = package.trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
         )
-        bpe.train_from_iterator((part for text in texts for part in parts(text, _PART)), trainer)
+        _interruptibly(lambda: bpe.train_from_iterator((part for text in texts for part in parts(text, _PART)), trainer))
         return cls(bpe.to_str())
 
     @classmethod
@@ -176,8 +187,11 @@ class BPETokenizer:
             for i in range(0, len(pieces), _GROUP):
                 for found in self._bpe.encode_batch_fast(pieces[i : i + _GROUP], add_special_tokens=False):  # on all cores
                     ids.append(np.array(found.ids, np.int32))
-        except Exception as error:  # the package raises nothing more precise
-            raise ValueError(f"the text cannot be encoded by this tokenizer: {error}") from None
+        except Exception:  # the package raises nothing more precise
+            known = self._bpe.get_vocab()
+            if strange := [c for c in text if c not in known][: type(self._bpe.model).__name__ == "WordLevel"]:
+                error = ValueError(f"character {strange[0]!r} is not in its vocabulary of {self.vocab_size} symbols")
+            raise ValueError(f"the text cannot be encoded by the model's tokenizer: {error}") from None
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -192,11 +206,28 @@ class BPETokenizer:
         return {"kind": self.kind, "tokenizer": json.loads(self.to_json())}
 
 
+def _interruptibly(work: Callable[[], object]) -> None:
+    """Do work that lasts and never looks for Ctrl-C, in a thread that is left behind when that comes."""
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
 def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise RuntimeError(f"a BPE tokenizer needs {missing('tokenizers', 'hf', error)}") from None
+        raise RuntimeError(f"a tokenizer.json needs {missing('tokenizers', 'hf', error)}") from None
     return tokenizers
 
 

@@ -18,7 +18,7 @@ from minigpt import disk
 from minigpt.config import TrainConfig
 from minigpt.corpus import KNOWN_TEXTS, Corpus
 from minigpt.texts import CorpusError, Documents, documents, files
-from minigpt.tokenizer import Tokenizer, from_dict, make_tokenizer
+from minigpt.tokenizer import END_OF_TEXT, Tokenizer, from_dict, make_tokenizer
 from tinytensor import parallel
 
 SCHEMA = 1
@@ -33,7 +33,7 @@ class TokenFile:
         ids: uint16 or, from 65,537 tokens in the vocabulary on, uint32; little-endian.
         tokenizer: whose ids they are.
         characters: of the text.
-        source, sha256: what the text is, and the digest of its UTF-8 bytes, documents parted by line breaks.
+        source, sha256: what the text is, and the digest of its UTF-8 bytes, with what parts its documents.
         path: the folder.
     """
 
@@ -48,7 +48,9 @@ class TokenFile:
         """The ids and their tokenizer; ValueError when another one is asked for."""
         own = self.tokenizer
         if tokenizer is not None and tokenizer.to_dict() != own.to_dict():
-            raise ValueError(f"{self.path} holds tokens of another tokenizer than the model's: prepare its text with that")
+            raise ValueError(
+                f"{self.path} holds tokens of another tokenizer than the model's: prepare its text with --tokenizer MODEL"
+            )
         if tokenizer is None and config.tokenizer not in (None, own.kind):
             raise ValueError(f"{self.path} holds tokens of kind {own.kind!r}: leave out --tokenizer {config.tokenizer}")
         if config.vocab_size not in (None, own.vocab_size):
@@ -74,12 +76,12 @@ def open_tokens(folder: Path) -> TokenFile:
         about = json.loads((folder / ABOUT).read_text("utf-8"))
         if about["schema"] != SCHEMA:
             raise CorpusError(f"{folder} has schema {about['schema']}, this program reads {SCHEMA}: {remedy}")
-        dtype, count, size = np.dtype(about["dtype"]), about["tokens"], (folder / TOKENS).stat().st_size
-        if size != count * dtype.itemsize:
-            raise CorpusError(f"{folder / TOKENS} has {size:,} bytes, not {count * dtype.itemsize:,}: {remedy}")
-        ids = np.asarray(np.memmap(folder / TOKENS, dtype, "r"))
-        plain = {name: about[name] for name in ("characters", "source", "sha256")}
-        return TokenFile(ids, from_dict(about["tokenizer"]), path=folder, **plain)
+        with open(folder / TOKENS, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != about["tokens_sha256"]:
+                raise CorpusError(f"{folder / TOKENS} is damaged: its SHA-256 is not that of {ABOUT}: {remedy}")
+        tokenizer = from_dict(about["tokenizer"])
+        ids = np.asarray(np.memmap(folder / TOKENS, _dtype(tokenizer), "r"))
+        return TokenFile(ids, tokenizer, int(about["characters"]), about["source"], about["sha256"], folder)
     except CorpusError:
         raise
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -87,55 +89,63 @@ def open_tokens(folder: Path) -> TokenFile:
 
 
 def prepare(
-    data: Iterable[Path], out_dir: Path, tokenizer: str = "bpe", vocab_size: int | None = None, column: str = "text"
+    data: Iterable[Path],
+    out_dir: Path,
+    tokenizer: str | Tokenizer = "bpe",
+    vocab_size: int | None = None,
+    column: str = "text",
 ) -> TokenFile:
     """Make a folder of tokens from texts: files, compressed files (.gz), tables (.parquet, the text in `column`), folders.
 
-    Between two documents stands the tokenizer's end-of-text token or, where it has none, a line break. `tokenizer` and
-    `vocab_size` are as for `make_tokenizer`; "char" and "bpe" read the texts once before they are encoded. The folder appears
-    when it is whole. ValueError: a text cannot be read, or the folder is there already.
+    Between two documents stands the tokenizer's end-of-text token or, where it has none, a line break. `tokenizer`, if not one
+    already, and `vocab_size` are as for `make_tokenizer`; "char" and "bpe" read the texts once before they are encoded. The
+    folder appears when it is whole. ValueError: a text cannot be read, or the folder is there already.
     """
     paths = files(data)
     with disk.new_folder(out_dir) as made, _progress(paths, column) as reading:
-        pieces = (text for text, _ in _stream(reading("reading for the tokenizer")))
-        chosen = make_tokenizer(tokenizer, pieces, vocab_size)
+        if isinstance(tokenizer, str):
+            tokenizer = make_tokenizer(tokenizer, _stream(reading("reading for the tokenizer")), vocab_size)
         with open(made / TOKENS, "wb") as file:
-            blank, about = _write(file, chosen, reading("encoding"))
-        if blank:
+            about = _write(file, tokenizer, reading("encoding"))
+        if not about["characters"]:
             raise CorpusError(f"{_names(paths)} holds no text: name UTF-8 texts")
         source = KNOWN_TEXTS.get(about["sha256"], _names(paths))
-        about |= {"schema": SCHEMA, "source": source, "tokenizer": chosen.to_dict()}
+        about |= {"schema": SCHEMA, "source": source, "tokenizer": tokenizer.to_dict()}
         (made / ABOUT).write_text(json.dumps(about, indent=1), "utf-8")
     return open_tokens(out_dir)
 
 
-def _stream(documents: Documents) -> Iterator[tuple[str, bool]]:
-    """Pieces of text; True with the line breaks that part documents."""
+def _stream(documents: Documents, between: str = "\n") -> Iterator[str]:
+    """Documents in pieces, parted."""
     for number, document in enumerate(documents):
         if number:
-            yield "\n", True
-        for piece in document:
-            yield piece, False
+            yield between
+        yield from document
 
 
-def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> tuple[bool, dict[str, Any]]:
-    """Write the ids of documents; whether they are blank, and what else is to be known of them."""
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
-    def encode(piece: tuple[str, bool]) -> np.ndarray:
-        text, between = piece
-        end = tokenizer.end_of_text if between else None
-        return (tokenizer.encode(text) if end is None else np.array([end])).astype(dtype)
 
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    digest, tokens, characters, blank = hashlib.sha256(), 0, 0, True
-    stream, cores = _stream(documents), parallel.cpu_threads()
+def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
+    """Write the ids of documents; what is to be known of them."""
+    between, dtype = "\n" if tokenizer.end_of_text is None else END_OF_TEXT, _dtype(tokenizer)
+
+    def encode(text: str) -> np.ndarray:
+        parting = text is between and tokenizer.end_of_text is not None  # the same words in a text are another object
+        return (np.array([tokenizer.end_of_text]) if parting else tokenizer.encode(text)).astype(dtype)
+
+    digest, ids_digest, characters, blank = hashlib.sha256(), hashlib.sha256(), 0, True
+    stream, cores = _stream(documents, between), parallel.cpu_threads()
     with ThreadPoolExecutor(cores) as pool:
         while pieces := list(islice(stream, 4 * cores)):  # not all at once, or they would wait in memory
-            for (text, _), ids in zip(pieces, pool.map(encode, pieces), strict=True):
+            for text, ids in zip(pieces, pool.map(encode, pieces), strict=True):
                 file.write(ids.data)
+                ids_digest.update(ids.data)
                 digest.update(text.encode())
-                tokens, characters, blank = tokens + len(ids), characters + len(text), blank and not text.strip()
-    return blank, {"dtype": dtype.str, "tokens": tokens, "characters": characters, "sha256": digest.hexdigest()}
+                characters, blank = characters + len(text), blank and not text.strip()
+    digests = {"sha256": digest.hexdigest(), "tokens_sha256": ids_digest.hexdigest()}
+    return {"dtype": dtype.str, "characters": 0 if blank else characters, **digests}
 
 
 @contextmanager

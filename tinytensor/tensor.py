@@ -171,6 +171,9 @@ class Tensor(Value):
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.data.__dlpack_device__()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
+
     def __float__(self) -> float:
         return float(self.item())
 

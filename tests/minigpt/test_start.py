@@ -101,7 +101,7 @@ def test_a_model_without_a_tokenizer_takes_that_of_the_tokens(model: GPT) -> Non
     [
         ({"n_layer": 5}, r"n_layer=5 does not fit the weights of model, which have 3; leave it out"),
         ({"block_size": 17}, r"block_size=17 is more than the 16 positions of model; use 16"),
-        ({"tokenizer": "char"}, r"model brings its own tokenizer; leave out --tokenizer char"),
+        ({"tokenizer": "char"}, r"model brings its own tokenizer; leave out --tokenizer and --vocab-size"),
         ({"init_from": "a/b/c"}, r"there is no folder a/b/c"),
         ({"init_from": "empty"}, r"empty has no config\.json"),
     ],

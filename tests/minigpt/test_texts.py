@@ -1,8 +1,10 @@
 """Texts of any size, read in pieces: what comes out is what a whole reading would give."""
 
 import gzip
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow
@@ -116,7 +118,7 @@ def test_folders_are_read_by_name(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"cannot read .*none\.txt \(No such file or directory\): name a UTF-8 text"):
-        read(tmp_path / "none.txt")
+        files([tmp_path / "none.txt"])
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
@@ -135,3 +137,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     assert grown * (1 if sys.platform == "darwin" else 1024) < 60e6
+
+
+def test_a_pipe_is_read_and_what_is_hidden_is_not(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes("naïve".encode() * 9))
+    writer.start()
+    assert read(pipe) == ["naïve" * 9]
+    writer.join()
+    for name in ("seen.txt", ".git/hidden.txt"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(name)
+    assert files([tmp_path / "folder"]) == [tmp_path / "folder" / "seen.txt"]
+    with pytest.raises(CorpusError, match="there is nothing to read: name files, or folders of them"):
+        files([])

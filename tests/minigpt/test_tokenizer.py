@@ -206,3 +206,26 @@ def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(RuntimeError, match=r'needs the package tokenizers .*; pip install -e "\.\[hf\]"'):
         make_tokenizer("bpe", ["text"])
+
+
+def test_the_same_text_has_the_same_tokens_also_where_training_dropped_some(pieces: BPETokenizer) -> None:
+    state = json.loads(pieces.to_json())
+    state["model"]["dropout"] = 0.5
+    again = BPETokenizer(json.dumps(state))
+    assert again.encode(verse()).tolist() == pieces.encode(verse()).tolist()
+    assert again.to_dict() == pieces.to_dict()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+    ],
+)
+def test_a_tokenizer_that_changes_texts_is_refused(pieces: BPETokenizer, change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="no text would come back from this tokenizer as it was"):
+        BPETokenizer(json.dumps(json.loads(pieces.to_json()) | change))

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 
 from minigpt import tokens
 from minigpt.checkpoint import LAST, CheckpointError, load
@@ -60,8 +61,8 @@ def test_documents_of_every_format_are_parted() -> None:
     assert letters.tokenizer.decode(letters.ids) == text
     pieces = prepare([Path("texts")], Path("pieces"), "bpe", 260, column="body")
     assert pieces.tokenizer.decode(pieces.ids) == f"one\n{END_OF_TEXT}zwei €{END_OF_TEXT}trois{END_OF_TEXT}vier"
-    assert letters.characters == pieces.characters == len(text)
-    assert letters.sha256 == pieces.sha256 == corpus(text).sha256
+    assert (letters.characters, letters.sha256) == (len(text), corpus(text).sha256)
+    assert pieces.sha256 == corpus(pieces.tokenizer.decode(pieces.ids)).sha256  # not the hash of the documents joined by others
     assert letters.source == "texts/a.txt and 2 more"
 
 
@@ -101,8 +102,10 @@ def test_another_tokenizer_than_the_tokens_is_refused() -> None:
     prepare([Path("verse.txt")], Path("made"), "byte")
     with pytest.raises(ValueError, match=r"made holds tokens of kind 'byte': leave out --tokenizer char"):
         run(replace(TINY, data=Path("made"), tokenizer="char"))
-    with pytest.raises(ValueError, match=r"vocab_size=300 is for tokenizer='bpe'"):
-        replace(TINY, vocab_size=300)
+    with pytest.raises(ValueError, match=r"made has a vocabulary of 256: leave out --vocab-size 300"):
+        run(replace(TINY, data=Path("made"), vocab_size=300))
+    with pytest.raises(ValueError, match=r"vocab_size=300 is for the tokenizer bpe; char brings its own"):
+        run(replace(TINY, data=Path("verse.txt"), vocab_size=300))
 
 
 def test_another_process_maps_the_same_file() -> None:
@@ -178,10 +181,11 @@ def about(change: Callable[[dict[str, Any]], object]) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda: os.truncate("made/tokens.bin", 99), r"made/tokens\.bin has 99 bytes, not [\d,]+: prepare its text again"),
+        (lambda: os.truncate("made/tokens.bin", 99), r"made/tokens\.bin is damaged: .* prepare its text again"),
+        (lambda: Path("made/tokens.bin").write_bytes(Path("made/tokens.bin").read_bytes()[::-1]), r"tokens\.bin is damaged"),
         (lambda: Path("made/tokens.bin").unlink(), r"made does not hold tokens that can be read"),
         (lambda: Path("made/tokens.json").write_text("{"), r"made does not hold tokens that can be read"),
-        (about(lambda values: values.pop("tokens")), r"made does not hold tokens that can be read \(KeyError\('tokens'\)\)"),
+        (about(lambda values: values.pop("source")), r"made does not hold tokens that can be read \(KeyError\('source'\)\)"),
         (about(lambda values: values.update(schema=2)), r"made has schema 2, this program reads 1"),
         (about(lambda values: values.update(tokenizer={"kind": "x"})), r"tokenizer kind 'x' is not known"),
     ],
@@ -205,3 +209,34 @@ def test_a_run_trains_its_own_pieces_of_words() -> None:
     assert isinstance(saved.tokenizer, BPETokenizer)
     assert saved.tokenizer.vocab_size == saved.build_model().config.vocab_size == 300
     assert saved.tokenizer.decode(saved.tokenizer.encode(verse())) == verse()
+
+
+def test_nobody_elses_unfinished_work_is_touched() -> None:
+    """Two programs may have one number, each in a container of its own."""
+    other = Path(f"made.{os.getpid()}.tmp")
+    other.mkdir()
+    (other / "tokens.bin").write_bytes(b"theirs")
+    prepare([Path("verse.txt")], Path("made"), "byte")
+    assert (other / "tokens.bin").read_bytes() == b"theirs"
+
+
+def test_what_a_text_says_of_its_end_is_not_where_it_ends() -> None:
+    """One hash stands for one sequence of tokens, so a run goes on with no other."""
+    Path("texts").mkdir()
+    for name in "ab":
+        Path("texts", f"{name}.txt").write_text(verse(), encoding="utf-8")
+    Path("joined.txt").write_text(f"{verse()}\n{verse()}", encoding="utf-8")
+    run(replace(TINY, data=prepare([Path("texts")], Path("made"), "bpe", 300).path, out_dir=Path("run")))
+    with pytest.raises(CheckpointError, match="was trained on another text"):
+        run(replace(TINY, data=Path("joined.txt"), out_dir=Path("run"), resume=True))
+
+
+def test_samples_need_no_line_breaks_in_the_vocabulary() -> None:
+    package = tokenizers.Tokenizer(tokenizers.models.BPE())
+    package.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    package.train_from_iterator(["a line of letters"], tokenizers.trainers.BpeTrainer(show_progress=False))
+    Path("deaf").mkdir()
+    package.save("deaf/tokenizer.json")
+    assert not len(BPETokenizer.from_file(Path("deaf/tokenizer.json")).encode("\n"))
+    Path("line.txt").write_text("a line of letters " * 99, encoding="utf-8")
+    run(replace(TINY, data=Path("line.txt"), tokenizer="deaf"))
