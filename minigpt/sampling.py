@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 import tinytensor as tt
 from minigpt.model import GPT, KVCache
 from minigpt.tokenizer import Tokenizer
-from tinytensor import random
+from tinytensor import parallel, random
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ def generate(
         was_training = model.training  # restored before each yield: the caller may train between two tokens
         if was_training:
             model.eval()
-        with tt.no_grad():
+        one = parallel.one_blas_thread() if window.size == 1 else nullcontext()  # two wait for each other at every row
+        with tt.no_grad(), one:
             logits = model.head(model.features(window[None], cache)[:, -1]).numpy()[0]
         if was_training:
             model.train()

@@ -8,6 +8,7 @@ A link to a line of code has that code for its text, [`def sweep(`](../tinytenso
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import io
 import math
@@ -106,6 +107,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setitem(backend.kernels, "cpu", dict(backend.kernels["cpu"]))
     names = dict(vars(tt))
     yield
+    vars(builtins).pop("_", None)  # where Python keeps what it printed last, be it hashable or not
     for name in set(vars(tt)) - set(names):
         delattr(tt, name)
 

@@ -85,7 +85,7 @@ def map(f: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> 
         finally:
             _worker.busy = False
 
-    with _one_blas_thread():
+    with one_blas_thread():
         # the copied context carries numpy.errstate to the workers
         others = [_pool(threads - 1).submit(contextvars.copy_context().run, work) for _ in range(1, threads)]
         try:
@@ -212,7 +212,7 @@ _limit_lock = threading.Lock()
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """BLAS with one thread while anybody is within: the limit is the process's, so the first sets it, the last lifts it."""
     global _limit, _limit_users
     with _limit_lock:

@@ -116,7 +116,7 @@ class profile(state.Observer):
         if not self.peaks:
             self._alone = cost.blas_threads()
             self.peaks[self._alone] = cost.gemm_peak()
-            with parallel._one_blas_thread():
+            with parallel.one_blas_thread():
                 self.peaks[1] = cost.gemm_peak()
             self.bandwidth = cost.copy_bandwidth()
         self._entered = perf_counter()
