@@ -116,7 +116,7 @@ def dump(found: Pretrained, folder: Path) -> None:
     end = tokenizer.end_of_text if tokenizer else None
     ends = {"bos_token_id": end, "eos_token_id": end}
     _write(folder / CONFIG, _settings(config) | ends)
-    _write(folder / "generation_config.json", ends)
+    _write(folder / "generation_config.json", ends | {"max_length": config.block_size})  # transformers' own is beyond many
     if tokenizer:
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         symbol = None if end is None else END_OF_TEXT

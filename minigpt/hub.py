@@ -5,6 +5,7 @@ What was fetched once stays in the hub's cache and is not asked for again: the s
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def _fetch(source: str, name: str) -> Path | None:
         needs = f"to look for it on the hub needs {missing('huggingface_hub', 'hf', error)}"
         raise RuntimeError(f"there is no folder {source}, and {needs}") from None
     try:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its attempts it would tell
         known = try_to_load_from_cache(source, name)
         if known is None:
             return Path(hf_hub_download(source, name))
