@@ -160,6 +160,3 @@ def test_the_commands_refuse_in_one_line(run: Path, monkeypatch: pytest.MonkeyPa
     assert both == "error: --run run and --model hf are two models; leave out one of them"
     os.remove("hf/tokenizer.json")
     assert refused(monkeypatch, "generate.py", "--model", "hf").startswith("error: hf has no tokenizer; put its tokenizer.json")
-    os.remove("hf/model.safetensors")
-    assert refused(monkeypatch, "generate.py", "--model", "hf").startswith("error: hf has neither model.safetensors nor")
-    assert refused(monkeypatch, "generate.py", "--model", "no/such/hf").startswith("error: there is no folder no/such/hf")
