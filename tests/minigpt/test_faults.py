@@ -869,41 +869,28 @@ def stopped(process: Process, name: str, step: int, folder: Path) -> None:
     assert not temporary(folder)
 
 
+@pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize(
-    ("name", "method", "step", "after"),
+    ("after", "fault"),
     [
-        ("SIGINT", "train", 0, 1),
-        ("SIGTERM", "save", 0, 1),
-        ("SIGTERM", "train_step", 4, 5),
-        ("SIGINT", "train_step", 5, 6),
-        ("SIGINT", "shard_loss", 4, 5),
-        ("SIGTERM", "shard_loss", 7, 8),
-        ("SIGINT", "evaluate", 3, 3),
-        ("SIGTERM", "evaluate", 6, 6),
-        ("SIGINT", "sample", 6, 6),
-        ("SIGTERM", "sample", 3, 3),
-        ("SIGINT", "save", 3, 3),
-        ("SIGTERM", "save", 6, 6),
+        (1, (get_signals_in, "train", 0)),
+        (1, (get_signals_in, "save", 0)),
+        (5, (get_signals_in, "train_step", 4)),
+        (8, (get_signals_in, "shard_loss", 7)),
+        (3, (get_signals_in, "evaluate", 3)),
+        (6, (get_signals_in, "sample", 6)),
+        (6, (get_signals_in, "save", 6)),
+        (3, (get_signals_while_saving, 3)),
     ],
 )
 def test_a_signal_ends_a_run_after_the_step_it_is_in_and_it_goes_on_bit_for_bit(
-    start: Start, home: Path, whole: dict[str, Any], name: str, method: str, step: int, after: int
+    start: Start, home: Path, whole: dict[str, Any], name: str, after: int, fault: tuple[Any, ...]
 ) -> None:
-    process = start([*SMALL, *HERE, "--threads", "2"], (get_signals_in, method, step, name))
+    process = start([*SMALL, *HERE, "--threads", "2"], (*fault, name))
     stopped(process, name, after, home / "run")
     finish(start(RESUME))
     assert record(home / "run") == whole
     assert run_json(home / "run")["status"] == "complete"
-
-
-@pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_in_the_middle_of_writing_a_checkpoint_waits(
-    start: Start, home: Path, whole: dict[str, Any], name: str
-) -> None:
-    process = start([*SMALL, *HERE], (get_signals_while_saving, 3, name))
-    stopped(process, name, 3, home / "run")
-    finish(start(RESUME))
-    assert record(home / "run") == whole
 
 
 @pytest.mark.parametrize(
