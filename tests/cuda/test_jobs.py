@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.minigpt import jobs  # skips where there is no MPI
 from tests.minigpt.small import verse
-
-jobs = pytest.importorskip("tests.minigpt.test_distributed")  # skips where there is no MPI
 
 BEFORE = """
 from tests.cuda import standin

@@ -1,40 +1,28 @@
-"""The scripts as a user runs them. Most errors are tried in this process, for each new one costs a second."""
+"""The scripts as a user runs them."""
 
-import os
+import json
 import re
-import runpy
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
+from minigpt import __version__
 from minigpt.checkpoint import LAST, Checkpoint, load
 from minigpt.config import PRESETS, TrainConfig
 from minigpt.sampling import Sampling, speak
 from minigpt.tracking import read_metrics
 from minigpt.trainer import Trainer
+from tests.minigpt.program import call, command, environment, execute, printed, refused
 from tests.minigpt.small import verse
 
-ROOT = Path(__file__).parents[2]
-SIZES = ["--data", "verse.txt", "--n_layer", "1", "--n-embd=16", "--n_head", "2", "--block_size=8", "--micro-batch", "4"]
-SHORT = [*SIZES, "--max_steps", "4", "--eval-interval", "2", "--warmup_steps", "1", "--sample-tokens", "10", "--lr", "1e-3"]
-
-
-def command(script: str, *args: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / script), *args]
-
-
-def environment() -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "COLUMNS": "300", "TINYTENSOR_NUM_THREADS": "1"}
-    return os.environ | ours | {"WANDB_MODE": "disabled"}
-
-
-def execute(home: Path, script: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(script, *args), cwd=home, env=environment(), input=stdin, capture_output=True, encoding="utf-8", timeout=60
-    )
+SMALL = (
+    "--data verse.txt --no-wandb --n_layer 1 --n-embd=16 --n_head 2 --block_size=8 --micro-batch 4 --max_steps 4 "
+    "--eval-interval 2 --warmup_steps 1 --sample-tokens 10 --lr 1e-3"
+)
+SHORT = SMALL.split()
 
 
 @pytest.fixture(name="home", scope="module")
@@ -54,18 +42,6 @@ def checkpoint_of_the_run(home: Path) -> Checkpoint:
     return load(home / "runs" / "quick" / LAST)
 
 
-def attempt(monkeypatch: pytest.MonkeyPatch, home: Path, script: str, *args: str) -> str:
-    """Run a script in this process; it must end with one line for standard error, which makes its exit code 1."""
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", [script, *args])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    message = caught.value.code
-    assert isinstance(message, str)
-    assert "\n" not in message
-    return message
-
-
 def test_training_takes_flags_with_dashes_and_underscores(home: Path, trained: Checkpoint) -> None:
     config = trained.config
     assert (config.n_layer, config.n_embd, config.n_head, config.block_size, config.micro_batch) == (1, 16, 2, 8, 4)
@@ -81,6 +57,13 @@ def test_training_takes_flags_with_dashes_and_underscores(home: Path, trained: C
         "curve.png",
         "samples",
     }
+
+
+def test_a_run_tells_the_version(home: Path) -> None:
+    run = home / "runs" / "quick"
+    assert json.loads((run / "run.json").read_text())["versions"]["minigpt"] == __version__
+    with safe_open(run / LAST, framework="numpy") as file:
+        assert json.loads(file.metadata()["minigpt"])["versions"]["minigpt"] == __version__
 
 
 def test_resuming_takes_every_flag_that_is_given(tmp_path: Path, home: Path) -> None:
@@ -133,8 +116,7 @@ def test_a_prompt_comes_from_standard_input(home: Path) -> None:
 def test_a_prompt_comes_from_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "prompt.txt").write_text("BERT:\nA naïve cat", encoding="utf-8")
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--prompt-file", "prompt.txt", "--max-tokens", "3", "--temperature", "0"])
-    runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
+    call(monkeypatch, "generate.py", "--prompt-file", "prompt.txt", "--max-tokens", 3, "--temperature", 0)
     written = capsys.readouterr().out
     assert written.startswith("BERT:\nA naïve cat")
     assert len(written) == len("BERT:\nA naïve cat") + 3 + 1
@@ -160,12 +142,14 @@ def test_an_error_is_one_line_on_standard_error(home: Path) -> None:
     ],
 )
 def test_generating_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str) -> None:
-    (home / "bytes.bin").write_bytes(b"\xff\xfe")
-    assert re.match(f"error: .*{message}", attempt(monkeypatch, home, "generate.py", *args))
+    monkeypatch.chdir(home)
+    Path("bytes.bin").write_bytes(b"\xff\xfe")
+    assert re.match(f"error: .*{message}", refused(monkeypatch, "generate.py", *args))
 
 
 def test_without_a_run_the_message_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = attempt(monkeypatch, tmp_path, "generate.py")
+    monkeypatch.chdir(tmp_path)
+    message = refused(monkeypatch, "generate.py")
     assert message.startswith("error: no run with a checkpoint below runs/; train one with: python scripts/train.py quick")
 
 
@@ -184,17 +168,17 @@ def test_without_a_run_the_message_says_how_to_make_one(tmp_path: Path, monkeypa
     ],
 )
 def test_training_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str) -> None:
-    (home / "other.txt").write_text(verse(seed=1), encoding="utf-8")
+    monkeypatch.chdir(home)
+    Path("other.txt").write_text(verse(seed=1), encoding="utf-8")
     before = {p: p.stat().st_mtime_ns for p in home.rglob("*")}
-    assert re.match(f"error: .*{message}", attempt(monkeypatch, home, "train.py", "quick", *args))
+    assert re.match(f"error: .*{message}", refused(monkeypatch, "train.py", "quick", *args))
     assert {p: p.stat().st_mtime_ns for p in home.rglob("*")} == before
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "quik"])
-    with pytest.raises(SystemExit, match="error: preset 'quik' is not known; choose quick, shakespeare"):
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    message = refused(monkeypatch, "train.py", "quik")
+    assert message.startswith("error: preset 'quik' is not known; choose quick, shakespeare")
 
 
 @pytest.mark.parametrize("args", [["--n-head", "5"], ["--dropout", "2"], ["--lr", "fast"], ["--source", "sonnets"]])
@@ -202,9 +186,8 @@ def test_wrong_flags_are_explained_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+        call(monkeypatch, "train.py", *args)
     assert caught.value.code == 2
     told = capsys.readouterr()
     assert args[-1] in told.out + told.err
@@ -216,7 +199,8 @@ def test_an_interruption_while_starting_is_one_line(home: Path, tmp_path: Path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "__init__", interrupted)
-    message = attempt(monkeypatch, home, "train.py", "quick", *SHORT, "--out-dir", str(tmp_path / "new"))
+    monkeypatch.chdir(home)
+    message = refused(monkeypatch, "train.py", "quick", *SHORT, "--out-dir", tmp_path / "new")
     assert message == "interrupted before the first step"
 
 
@@ -244,9 +228,7 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path: Path) -> None:
 
 def test_importing_minigpt_is_light() -> None:
     heavy = ("matplotlib", "rich", "wandb", "tyro", "torch", "safetensors", "cupy")
-    code = f"import minigpt, sys; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert printed(f"import minigpt, sys; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
 
 def test_the_text_is_downloaded_by_a_script_of_its_own(
@@ -255,8 +237,7 @@ def test_the_text_is_downloaded_by_a_script_of_its_own(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tiny_shakespeare.txt").write_text(verse(), encoding="utf-8")  # so that nothing is fetched
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["download_data.py", "--source", "tiny", "--out-dir", "data"])
-    runpy.run_path(str(ROOT / "scripts" / "download_data.py"), run_name="__main__")
+    call(monkeypatch, "download_data.py", "--source", "tiny", "--out-dir", "data")
     told = capsys.readouterr().out
     assert f"characters  {len(verse()):,}" in told
     assert "not the published text (edited?)" in told

@@ -2,21 +2,18 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 import minigpt
 import tinytensor
 from minigpt import facts, program
 from minigpt.__main__ import VERBS, main
-from tests.minigpt.small import verse
-from tests.minigpt.test_cli import ROOT, SHORT, environment
+from tests.minigpt.program import ROOT, call, execute, printed
 
 
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
@@ -69,25 +66,16 @@ from minigpt.__main__ import main
 sys.argv = ["minigpt", "{word}"]
 main()
 print({{"matplotlib", "rich", "tyro", "torch", "safetensors", "cupy"}} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    assert printed(code).splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize(
-    ("called", "hint"),
-    [
-        ("/usr/bin/minigpt", "minigpt train quick"),
-        ("/usr/lib/minigpt/__main__.py", "python -m minigpt train quick"),
-    ],
-)
 def test_a_hint_calls_the_program_as_it_was_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str, hint: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [called, "generate"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert str(caught.value.code) == f"error: no run with a checkpoint below runs/; train one with: {hint}"
+    hint = "error: no run with a checkpoint below runs/; train one with: {} train quick"
+    assert told(monkeypatch, capsys, "generate") == (hint.format("minigpt"), "", "")
+    assert execute(tmp_path, "-m", "minigpt", "generate").stderr == hint.format("python -m minigpt") + "\n"
 
 
 @pytest.mark.parametrize("called", ["scripts/train.py", "/home/my minigpt train.py", "-c", ""])
@@ -96,22 +84,11 @@ def test_elsewhere_a_hint_names_a_script(monkeypatch: pytest.MonkeyPatch, called
     assert program.command("generate") == "python scripts/generate.py"
 
 
-def test_everything_tells_the_same_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_everything_tells_the_same_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     version = tinytensor.__version__
     assert minigpt.__version__ == version
     assert told(monkeypatch, capsys, "--version") == (0, f"minigpt {version}\n", "")
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
-    (tmp_path / "verse.txt").write_text(verse(), encoding="utf-8")
-    command = [sys.executable, "-m", "minigpt", "train", "quick", *SHORT]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "more verse: python -m minigpt generate --prompt" in done.stdout
-    run = tmp_path / "runs" / "quick"
-    assert json.loads((run / "run.json").read_text())["versions"]["minigpt"] == version
-    with safe_open(run / "last.safetensors", framework="numpy") as file:
-        assert json.loads(file.metadata()["minigpt"])["versions"]["minigpt"] == version
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
@@ -142,6 +119,5 @@ def test_the_benchmark_says_how_it_was_called(
     report = json.loads(Path("my times.json").read_text())
     assert report["command"] == "minigpt benchmark imports --rounds 1 --json 'my times.json'"
     assert [row[0] for row in report["tables"][0]["rows"]] == ["import numpy", "import numpy, tinytensor", "difference"]
-    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", *flags, "--markdown", "times.md"])
-    runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+    call(monkeypatch, "benchmark.py", *flags, "--markdown", "times.md")
     assert Path("times.md").read_text().startswith("`python scripts/benchmark.py imports --rounds 1")

@@ -1,20 +1,15 @@
 """Several processes train one run: real jobs of an MPI launcher. Faults come from code that runs before the program's own."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -23,49 +18,10 @@ from minigpt.checkpoint import LAST, load, load_newest
 from minigpt.cli import STOPPED
 from minigpt.distributed import Ranks
 from minigpt.tracking import read_metrics
+from tests.minigpt.jobs import FLAGS, HYDRA, PRELUDE, PROGRAM, Ended, Job, execute, finish, losses, notes
+from tests.minigpt.program import ROOT
 from tests.minigpt.small import record, trainer, verse
 from tinytensor import parallel
-
-ROOT = Path(__file__).parents[2]
-# of the Python that runs the tests, or else on PATH; the module itself is not imported, for then every later run would be a job
-BESIDE = Path(sys.executable).with_name("mpiexec")
-MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
-if importlib.util.find_spec("mpi4py") is None:
-    pytest.skip("mpi4py is not installed", allow_module_level=True)
-if MPIEXEC is None:
-    pytest.skip(f"no mpiexec beside {sys.executable} or on PATH", allow_module_level=True)
-HYDRA = "HYDRA" in subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True, timeout=20).stdout
-
-SMALL = (  # two micro-batches of two unequal shards
-    "--data verse.txt --no-wandb --n-layer 2 --n-head 2 --n-embd 16 --block-size 8 --dropout 0.2 --micro-batch 3 --shards 2 "
-    "--accumulation 2 --max-steps 8 --warmup-steps 2 --eval-interval 4 --sample-tokens 8 --lr 1e-2"
-)
-FLAGS = SMALL.split()
-PRELUDE = """
-import hashlib, os, signal, sys, time
-from pathlib import Path
-from minigpt import checkpoint, distributed, facts, run, trainer
-from minigpt.trainer import Trainer
-
-run.plot, facts.gemm_peak = lambda *_: None, lambda: 1e9  # the curve and the machine's peak, which take longest
-
-
-def note(trainer, name, text):
-    Path("notes", f"{name}-{trainer.ranks.rank}").write_text(text)
-
-
-def noting(self, tracker, train=Trainer.train):
-    finished = train(self, tracker)
-    digest = hashlib.sha256()
-    for p in self.model.parameters():
-        digest.update(p.data.tobytes())
-    note(self, "weights", digest.hexdigest())
-    return finished
-
-
-Trainer.train = noting
-"""
-PROGRAM = "\nfrom minigpt.cli import train\ntrain()\n"
 
 
 def at(rank: int, step: int, code: str) -> str:
@@ -94,100 +50,14 @@ Trainer.train_step = slow
 """
 
 
-class Ended(NamedTuple):
-    """How a job ended, and when."""
-
-    status: int
-    out: str
-    err: str
-    when: float
-
-
-class Job:
-    """Processes that a launcher started, or with ranks=0 one process without a launcher."""
-
-    def __init__(self, home: Path, ranks: int, program: list[str], env: dict[str, str] | None = None) -> None:
-        (home / "notes").mkdir(exist_ok=True)
-        launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks else []
-        self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
-        self.process = subprocess.Popen(
-            [*launcher, sys.executable, *program],
-            cwd=home,
-            env=environment() | (env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=self.files[0],
-            stderr=self.files[1],
-            start_new_session=True,
-        )
-
-    def end(self, timeout: float = 40) -> Ended:
-        """Wait for the end of the job; one that goes on beyond `timeout` is killed, and has failed."""
-        status: int | None = None
-        try:
-            status = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            when = time.time()
-            self.kill()
-        out, err = (self._told(file) for file in self.files)
-        assert status is not None, f"the job did not end\n{out}\n{err}"
-        return Ended(status, out, err, when)
-
-    def _told(self, file: IO[bytes]) -> str:
-        with file:
-            file.seek(0)
-            return file.read().decode(errors="replace")
-
-    def kill(self) -> None:
-        """End what is left; a launcher that is killed takes its ranks with it."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def environment() -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "COLUMNS": "300", "TERM": "dumb"}
-    open_mpi = {  # as root, and with more ranks than cores; it gives each rank a terminal, hence the dumb one
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-    return {k: v for k, v in os.environ.items() if k != "TINYTENSOR_NUM_THREADS"} | ours | open_mpi
-
-
-def start(home: Path, ranks: int, *flags: str, before: str = "", env: dict[str, str] | None = None) -> Job:
-    return Job(home, ranks, ["-c", PRELUDE + before + PROGRAM, "quick", *flags], env)
-
-
-def execute(home: Path, ranks: int, *flags: str, before: str = "", env: dict[str, str] | None = None) -> Ended:
-    return start(home, ranks, *flags, before=before, env=env).end()
-
-
-def finish(home: Path, ranks: int, *flags: str, before: str = "", env: dict[str, str] | None = None) -> Ended:
-    """A run that must reach its last step."""
-    done = execute(home, ranks, *flags, before=before, env=env)
-    assert (done.status, done.err) == (0, ""), done.out
-    return done
-
-
 @pytest.fixture(name="home")
 def folder_with_a_text(tmp_path: Path) -> Path:
     (tmp_path / "verse.txt").write_text(verse(), encoding="utf-8")
     return tmp_path
 
 
-def losses(out_dir: Path) -> list[float]:
-    return [row[name] for row in read_metrics(out_dir / "metrics.jsonl") for name in ("train_loss", "val_loss") if row[name]]
-
-
 def status_of(out_dir: Path) -> str:
     return json.loads((out_dir / "run.json").read_text())["status"]
-
-
-def notes(home: Path, name: str) -> list[str]:
-    """What each rank noted."""
-    return [p.read_text() for p in sorted((home / "notes").glob(f"{name}-*"))]
 
 
 @pytest.fixture(name="alone", scope="module")

@@ -4,8 +4,6 @@ import base64
 import json
 import math
 import re
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from minigpt.model import GPT
 from minigpt.sampling import Sampling, speak
 from minigpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from tests import chromium
+from tests.minigpt.program import call, refused
 from tests.minigpt.small import TINY
 from tests.minigpt.torch_gpt import ids, scatter_weights, torch_copy
 from tinytensor import state
 
-ROOT = Path(__file__).parents[2]
 LETTERS = CharTokenizer("\n !ABCDEFGHIJKLMNOabcdefghijklmno<>/\u2028")
 PROMPT = "A big\nkeg! ham"
 PLAIN = Sampling()
@@ -170,20 +168,15 @@ def folder_of_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
-    runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
-
-
 def test_the_flag_writes_a_page_and_changes_no_word(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The page holds the text that was printed, and needs nothing beside it, whatever the text has in it."""
     page = tmp_path / "page.html"
-    args = ["--run", str(run), "--prompt", "</HEAD><!", "--max-tokens", "14", "--temperature", "3"]
-    command(monkeypatch, *args)
+    args = ["generate.py", "--run", run, "--prompt", "</HEAD><!", "--max-tokens", 14, "--temperature", 3]
+    call(monkeypatch, *args)
     printed = capsys.readouterr()
-    command(monkeypatch, *args, "--explain", str(page))
+    call(monkeypatch, *args, "--explain", page)
     assert capsys.readouterr() == printed
     text = page.read_text("utf-8")
     data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[0])
@@ -209,8 +202,8 @@ def test_what_cannot_be_explained_is_refused_before_a_word_is_said(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=f"^error: {message}.*$"):
-        command(monkeypatch, "--run", str(run), "--prompt", "A", "--max-tokens", "3", *args)
+    told = refused(monkeypatch, "generate.py", "--run", run, "--prompt", "A", "--max-tokens", 3, *args)
+    assert re.match(f"error: {message}", told)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
 

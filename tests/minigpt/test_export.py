@@ -3,8 +3,6 @@
 import hashlib
 import os
 import re
-import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +15,10 @@ from minigpt import checkpoint, folder, gpt2
 from minigpt.checkpoint import BEST, LAST
 from minigpt.curve import plot
 from minigpt.export import card, write_folder
+from tests.minigpt.program import call, refused
 from tests.minigpt.small import TINY, trainer, verse
 from tests.minigpt.torch_gpt import ids
 
-ROOT = Path(__file__).parents[2]
 FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -32,19 +30,6 @@ def run_folder(tmp_path: Path) -> Path:
     made.val_loss = made.evaluate()
     made.save()
     return run
-
-
-def script(monkeypatch: pytest.MonkeyPatch, name: str, *args: object) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-    runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-
-
-def refused(monkeypatch: pytest.MonkeyPatch, name: str, *args: object) -> str:
-    with pytest.raises(SystemExit) as caught:
-        script(monkeypatch, name, *args)
-    assert isinstance(caught.value.code, str)
-    assert "\n" not in caught.value.code
-    return caught.value.code
 
 
 def names(path: Path) -> list[str]:
@@ -154,15 +139,15 @@ def test_the_commands_write_a_folder_and_speak_with_it(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run.parent)
-    script(monkeypatch, "export.py", "run", "--to", "hf", "--out-dir", "my model")
+    call(monkeypatch, "export.py", "run", "--to", "hf", "--out-dir", "my model")
     assert capsys.readouterr().out.endswith("to hear it: python scripts/generate.py --model 'my model'\n")
     wanted = ["--prompt", "ANNA:", "--max-tokens", 20, "--temperature", 0]
-    script(monkeypatch, "generate.py", "--run", "run", *wanted)
+    call(monkeypatch, "generate.py", "--run", "run", *wanted)
     from_run = capsys.readouterr().out
-    script(monkeypatch, "generate.py", "--model", "my model", *wanted)
+    call(monkeypatch, "generate.py", "--model", "my model", *wanted)
     assert capsys.readouterr().out == from_run
     assert len(from_run) == len("ANNA:") + 20 + 1
-    script(monkeypatch, "generate.py", "--model", "my model", *wanted, "--explain", "page.html")
+    call(monkeypatch, "generate.py", "--model", "my model", *wanted, "--explain", "page.html")
     assert "my model" in Path("page.html").read_text(encoding="utf-8")
 
 
@@ -175,6 +160,3 @@ def test_the_commands_refuse_in_one_line(run: Path, monkeypatch: pytest.MonkeyPa
     assert both == "error: --run run and --model hf are two models; leave out one of them"
     os.remove("hf/tokenizer.json")
     assert refused(monkeypatch, "generate.py", "--model", "hf").startswith("error: hf has no tokenizer; put its tokenizer.json")
-    os.remove("hf/model.safetensors")
-    assert refused(monkeypatch, "generate.py", "--model", "hf").startswith("error: hf has neither model.safetensors nor")
-    assert refused(monkeypatch, "generate.py", "--model", "no/such/hf").startswith("error: there is no folder no/such/hf")

@@ -1,8 +1,6 @@
 """Where the files of a model come from: a folder, or a hub, which here is a server on this machine."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,9 +14,9 @@ from minigpt import gpt2, hub
 from minigpt.config import GPTConfig
 from minigpt.model import GPT
 from minigpt.tokenizer import CharTokenizer
+from tests.minigpt.program import printed
 from tests.minigpt.small import verse
 
-ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789" * 4
 FILES = {"/someone/small/resolve/main/config.json": b'{"n_layer": 1}', "/small/resolve/main/config.json": b"{}"}
 REFUSED = {"closed": (403, "GatedRepo"), "nobody": (401, "RepoNotFound"), "broken": (500, "")}
@@ -76,17 +74,13 @@ def hub_on_this_machine() -> Iterator[ThreadingHTTPServer]:
 
 def ask(home: Path, port: int, *wanted: tuple[str, str]) -> list[str | None]:
     """What find() gives."""
-    return execute(home, port, ASK, json.dumps(wanted))
+    return told(home, port, ASK, json.dumps(wanted))
 
 
-def execute(home: Path, port: int, code: str, *args: str) -> list[Any]:
+def told(home: Path, port: int, code: str, *args: str) -> list[Any]:
     """What code prints in a process of its own, for the package reads its environment once."""
-    ours = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
-    away = {"HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGINGFACE_HUB_CACHE"}
-    kept = {name: value for name, value in os.environ.items() if name not in away}
-    command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, cwd=home, env=kept | ours, capture_output=True, text=True, check=True, timeout=60)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    return [json.loads(line) for line in printed(code, *args, **hub).splitlines()]
 
 
 def test_a_file_comes_from_the_hub_once_and_then_from_the_cache(tmp_path: Path, server: ThreadingHTTPServer) -> None:
@@ -114,10 +108,10 @@ def test_a_whole_model_comes_from_the_hub_and_then_from_the_cache(
     for path in (tmp_path / "model").iterdir():
         monkeypatch.setitem(FILES, f"/someone/whole/resolve/main/{path.name}", path.read_bytes())
     expected = [words.encode("ANNA:").tolist(), float(model.wpe.weight.data.sum())]
-    assert execute(tmp_path, server.server_port, LOAD) == expected
+    assert told(tmp_path, server.server_port, LOAD) == expected
     server.shutdown()
     server.server_close()
-    assert execute(tmp_path, server.server_port, LOAD) == expected
+    assert told(tmp_path, server.server_port, LOAD) == expected
 
 
 def test_what_the_hub_refuses_is_one_sentence(tmp_path: Path, server: ThreadingHTTPServer) -> None:

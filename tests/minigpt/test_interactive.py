@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import runpy
 import select
 import signal
 import subprocess
@@ -20,10 +19,9 @@ from minigpt.checkpoint import LAST, Checkpoint, load
 from minigpt.interactive import HELP, KEPT, NAMES, Keyboard, Session, Settings
 from minigpt.sampling import Sampling, generate, speak
 from minigpt.tokenizer import ByteTokenizer
+from tests.minigpt.program import command, environment, refused
 from tests.minigpt.small import trainer
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--interactive"]
 SPAWN = [sys.executable, "-c", "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"]
 UP = "\x1b[A"
 
@@ -223,18 +221,13 @@ def test_an_error_in_mid_sample_begins_a_line(session: Session) -> None:
         next(writing)
 
 
-def environment(home: Path) -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "TINYTENSOR_NUM_THREADS": "1"}
-    return os.environ | ours | {"HOME": str(home), "TERM": "dumb", "INPUTRC": os.devnull}
-
-
 class Terminal:
     """The program in a terminal of its own, where somebody types."""
 
     def __init__(self, cwd: Path, *args: str, home: Path | None = None) -> None:
-        command = [*SPAWN, *PROGRAM, *args]
-        pipe, env = subprocess.PIPE, environment(home or cwd)
-        self.process = subprocess.Popen(command, cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+        words = [*SPAWN, *command("generate.py", "--interactive", *args)]
+        pipe, env = subprocess.PIPE, environment(HOME=str(home or cwd), TERM="dumb", INPUTRC=os.devnull)
+        self.process = subprocess.Popen(words, cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
         self.shown = ""
 
     def __enter__(self) -> "Terminal":
@@ -367,9 +360,9 @@ def test_a_pipe_holds_what_was_said_and_nothing_else(home: Path, saved: Checkpoi
     lines = ["", "ANNA:", ":temp 1", "", "::", "BERT:\\"]
     expected = ["".join(session.continued(":help")), *said(session, *lines[:-1], "BERT:\n")]
     done = subprocess.run(
-        [*PROGRAM, "--max-tokens", "8", "--prompt", ":help"],
+        command("generate.py", "--interactive", "--max-tokens", "8", "--prompt", ":help"),
         cwd=home,
-        env=environment(tmp_path) | {"TERM": "xterm"},
+        env=environment(HOME=str(tmp_path), TERM="xterm"),
         input="\n".join([*lines[:2], ":warmth 3", "a \xe9", *lines[2:]]).encode("latin-1"),
         capture_output=True,
         timeout=60,
@@ -395,9 +388,7 @@ def test_what_does_not_go_together_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
 ) -> None:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys, "argv", [*PROGRAM[1:], *args])
-    with pytest.raises(SystemExit, match=f"^error: {message}"):
-        runpy.run_path(PROGRAM[1], run_name="__main__")
+    assert refused(monkeypatch, "generate.py", "--interactive", *args).startswith(f"error: {message}")
 
 
 def test_a_signal_is_a_stop_but_where_a_line_is_read(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

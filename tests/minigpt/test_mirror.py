@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from minigpt import mirror
+from tests.minigpt.program import ROOT, command, environment, execute
 
 protobuf = pytest.importorskip("wandb.proto.wandb_internal_pb2")  # wandb's own reading of its files
 
-ROOT = Path(__file__).parents[2]
 KEY = "k" * 40
 TRAINING = """
 import sys, threading
@@ -50,23 +50,16 @@ import wandb
 """  # the beginning of a stub that changes the installed package
 
 
-def environment(home: Path, stub: str = "", **more: str) -> dict[str, str]:
-    """Nothing of this machine's W&B; with `stub`, `import wandb` runs that text."""
+def train(home: Path, stub: str = "", limit: float = 20, patience: float = 0, **more: str) -> tuple[list[str], float]:
+    """Run a training that only logs, and closes at the first line or after `patience` seconds. It may print nothing else but
+    the lines of its mirror, which come back, with its seconds. With `stub`, `import wandb` runs that text."""
+    (home / "out").mkdir(exist_ok=True)
     if stub:
         (home / "stub").mkdir()
         (home / "stub" / "wandb.py").write_text(stub)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "NETRC"))}
-    path = f"{home / 'stub'}{os.pathsep}{ROOT}" if stub else str(ROOT)
-    return kept | {"HOME": str(home), "PYTHONPATH": path, "NO_PROXY": "127.0.0.1"} | more
-
-
-def train(home: Path, stub: str = "", limit: float = 20, patience: float = 0, **more: str) -> tuple[list[str], float]:
-    """Run a training that only logs, and closes at the first line or after `patience` seconds. It may print nothing else but
-    the lines of its mirror, which come back, with its seconds."""
-    (home / "out").mkdir(exist_ok=True)
+        more["PYTHONPATH"] = f"{home / 'stub'}{os.pathsep}{ROOT}"
     begin = time.monotonic()
-    program = [sys.executable, "-c", TRAINING, str(limit), str(patience)]
-    done = subprocess.run(program, cwd=home, env=environment(home, stub, **more), capture_output=True, text=True, timeout=60)
+    done = execute(home, "-c", TRAINING, str(limit), str(patience), HOME=str(home), NO_PROXY="127.0.0.1", **more)
     seconds = time.monotonic() - begin
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -113,11 +106,9 @@ def test_offline_runs_hold_config_numbers_verse_and_end(tmp_path: Path) -> None:
 
 def test_a_killed_training_leaves_a_failed_run(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    program = TRAINING.replace("made.close", "import time; time.sleep(60)  # ")
-    args = [sys.executable, "-c", program, "0", "60"]
-    with subprocess.Popen(
-        args, cwd=tmp_path, env=environment(tmp_path, WANDB_MODE="offline"), stdout=subprocess.PIPE
-    ) as training:
+    args = command("-c", TRAINING.replace("made.close", "import time; time.sleep(60)  # "), "0", "60")
+    env = environment(HOME=str(tmp_path), WANDB_MODE="offline")
+    with subprocess.Popen(args, cwd=tmp_path, env=env, stdout=subprocess.PIPE) as training:
         assert training.stdout and b"offline" in training.stdout.readline()
         training.send_signal(signal.SIGKILL)
     (file,) = (tmp_path / "out/wandb").glob("offline-run-*-run1/run-run1.wandb")

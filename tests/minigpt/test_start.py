@@ -17,7 +17,8 @@ from minigpt.tokens import prepare
 from minigpt.trainer import Trainer
 from tests.minigpt.small import TINY, interrupted, record, verse
 
-SHAPE = GPTConfig(vocab_size=320, block_size=16, n_layer=3, n_head=2, n_embd=12)
+FIT = {"n_layer": 3, "n_head": 2, "n_embd": 12}  # flags that a preset would not set: what is the preset's passes for not asked
+SHAPE = GPTConfig(vocab_size=320, block_size=16, **FIT)
 
 
 @pytest.fixture(name="model")
@@ -37,13 +38,8 @@ def config(**changes: Any) -> TrainConfig:
     return replace(TINY, **({"data": Path("verse.txt"), "init_from": "model", "preset": "quick"} | changes))
 
 
-def fit() -> dict[str, Any]:
-    """Flags that a preset would not set: those that fit the preset quick pass for not asked."""
-    return {"n_layer": 3, "n_head": 2, "n_embd": 12}
-
-
 def test_a_run_begins_with_the_weights(model: GPT) -> None:
-    out_dir = run(config(**fit(), lr=0.0, min_lr=0.0, max_steps=1, eval_interval=1, block_size=16))
+    out_dir = run(config(**FIT, lr=0.0, min_lr=0.0, max_steps=1, eval_interval=1, block_size=16))
     saved = load(out_dir / LAST)
     expected = model.state_dict()
     expected["wte.weight"] = expected["wte.weight"][:300]  # the rows of padding are gone
@@ -53,7 +49,7 @@ def test_a_run_begins_with_the_weights(model: GPT) -> None:
 
 
 def test_the_context_may_be_shorter(model: GPT) -> None:
-    settings, found = start.weights(config(**fit(), block_size=8), read_text(Path("verse.txt")))
+    settings, found = start.weights(config(**FIT, block_size=8), read_text(Path("verse.txt")))
     assert found is not None
     assert np.array_equal(found.weights["wpe.weight"], model.wpe.weight.numpy()[:8])
     made = Trainer(settings, read_text(Path("verse.txt")), Path("nowhere"), pretrained=found)
@@ -65,7 +61,7 @@ def test_the_context_may_be_shorter(model: GPT) -> None:
 def test_it_trains_and_goes_on_bit_for_bit_without_the_weights_it_began_with(
     model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(**fit(), bias=True, dropout=0.1)
+    settings = config(**FIT, bias=True, dropout=0.1)
     whole = record(run(replace(settings, out_dir=Path("whole"))))
     interrupted(replace(settings, out_dir=Path("run")), 4, monkeypatch)
     Path("model").rename("elsewhere")
@@ -88,11 +84,11 @@ def test_a_model_without_a_tokenizer_takes_that_of_the_tokens(model: GPT) -> Non
     Path("model/tokenizer.json").rename("tokenizer.json")
     Path("named").mkdir()
     with pytest.raises(ValueError, match=r"model has no tokenizer; name a model that has the right one with --tokenizer"):
-        run(config(**fit()))
+        run(config(**FIT))
     Path("tokenizer.json").rename("named/tokenizer.json")
-    named = run(config(**fit(), tokenizer="named", out_dir=Path("one")))
+    named = run(config(**FIT, tokenizer="named", out_dir=Path("one")))
     prepare([Path("verse.txt")], Path("made"), "named")
-    prepared = run(config(**fit(), data=Path("made"), out_dir=Path("two")))
+    prepared = run(config(**FIT, data=Path("made"), out_dir=Path("two")))
     assert record(named) == record(prepared)
 
 
@@ -110,5 +106,5 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(model: GPT, cha
     Path("empty").mkdir()
     before = sorted(Path().iterdir())
     with pytest.raises(ValueError, match=message):
-        run(config(**(fit() | changes)))
+        run(config(**(FIT | changes)))
     assert sorted(Path().iterdir()) == before

@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ from minigpt.run import run
 from minigpt.texts import CorpusError
 from minigpt.tokenizer import END_OF_TEXT, BPETokenizer, make_tokenizer
 from minigpt.tokens import open_tokens, prepare
+from tests.minigpt.program import command, environment
 from tests.minigpt.small import TINY, corpus, interrupted, record, verse
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -153,20 +153,18 @@ def test_a_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupted_preparation_leaves_nothing() -> None:
-    with open("long.txt", "wb") as file:
-        file.write(b"to be or not to be " * 3_000_000)
-    program = "from minigpt.cli import prepare; prepare()"
-    command = [sys.executable, "-c", program, "long.txt", "--out-dir", "made", "--tokenizer", "byte"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    )
-    while not list(Path().glob("made.*.tmp")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    os.mkfifo("endless.txt")
+    pipe = os.open("endless.txt", os.O_RDWR)  # as long as it is open here, those who read the text wait for more
+    words = command("prepare.py", "endless.txt", "--out-dir", "made", "--tokenizer", "byte")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        while not list(Path().glob("made.*.tmp")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    os.close(pipe)
     assert errors.splitlines()[-1] == "interrupted; nothing was made"
-    assert sorted(p.name for p in Path().iterdir()) == ["long.txt", "verse.txt"]
+    assert sorted(p.name for p in Path().iterdir()) == ["endless.txt", "verse.txt"]
 
 
 def about(change: Callable[[dict[str, Any]], object]) -> Callable[[], object]:

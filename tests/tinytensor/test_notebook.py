@@ -126,7 +126,7 @@ def test_only_what_is_shown_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     page = huge._repr_html_()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert fetched == [25] * 4 and len(page) < 20_000 and peak < 1 << 20
+    assert sum(fetched) < 1000 and len(page) < 20_000 and peak < 1 << 20
 
 
 # -- modules

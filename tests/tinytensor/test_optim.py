@@ -58,6 +58,12 @@ def pair(name: str, ours: Any, theirs: Any, **changes: Any) -> tuple[Optimizer, 
     return mine(ours, **{**settings, **changes}), torchs(theirs, **{**settings, **changes})
 
 
+def advance(*optimizers: Any) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_sixty_steps_equal_torch(name: str, dtype: str) -> None:
@@ -65,10 +71,7 @@ def test_sixty_steps_equal_torch(name: str, dtype: str) -> None:
     optimizer, reference = pair(name, ours, theirs)
     for step in range(60):
         backward(ours, theirs, step, dtype)
-        optimizer.step()
-        reference.step()
-        optimizer.zero_grad()
-        reference.zero_grad()
+        advance(optimizer, reference)
         assert_equal(ours, theirs, TOLERANCE[dtype])
     assert all(p.dtype == dtype and p.shape == s for p, s in zip(ours, SHAPES, strict=True))
 
@@ -80,10 +83,8 @@ def test_more_elements_than_a_block(name: str) -> None:
     optimizer, reference = pair(name, ours, theirs)
     for _ in range(3):
         for p in (ours[0], theirs[0]):
-            p.grad = None
             (p**3).sum().backward()
-        optimizer.step()
-        reference.step()
+        advance(optimizer, reference)
     assert_equal(ours, theirs, 1e-10)
 
 
@@ -100,10 +101,7 @@ def test_groups_and_changing_learning_rates(name: str) -> None:
         for k in range(3):
             optimizer.param_groups[k]["lr"] = reference.param_groups[k]["lr"] = 0.05 / (1 + step + k)
         backward(ours, theirs, step)
-        optimizer.step()
-        reference.step()
-        optimizer.zero_grad()
-        reference.zero_grad()
+        advance(optimizer, reference)
     assert_equal(ours, theirs, 1e-10)
 
 
@@ -114,10 +112,7 @@ def test_parameters_without_gradient_are_left_alone(name: str) -> None:
     optimizer, reference = pair(name, ours, theirs)
     for step in range(50):
         backward(ours, theirs, step, skip=tuple(i for i in range(5) if (step + i) % 3 == 0))
-        optimizer.step()
-        reference.step()
-        optimizer.zero_grad()
-        reference.zero_grad()
+        advance(optimizer, reference)
         assert_equal(ours, theirs, 1e-10)
     before = [p.data.copy() for p in ours]
     optimizer.step()
@@ -180,10 +175,7 @@ def test_replaced_values_and_gradients_are_used(name: str) -> None:
             with tt.no_grad(), torch.no_grad():
                 ours[4] += 1
                 theirs[4] += 1
-        optimizer.step()
-        reference.step()
-        optimizer.zero_grad()
-        reference.zero_grad()
+        advance(optimizer, reference)
         assert_equal(ours, theirs, 1e-10)
     assert len({id(p.data.base) for p in ours}) == 1  # brought back into the buffer
 
@@ -195,10 +187,7 @@ def test_a_frozen_parameter_is_skipped_and_comes_back() -> None:
         for p in (ours[0], theirs[0]):
             p.requires_grad = step % 2 == 0
         backward(ours, theirs, step, skip=() if step % 2 == 0 else (0,))
-        optimizer.step()
-        reference.step()
-        optimizer.zero_grad()
-        reference.zero_grad()
+        advance(optimizer, reference)
     assert_equal(ours, theirs, 1e-10)
 
 

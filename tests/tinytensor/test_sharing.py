@@ -6,9 +6,7 @@ import array
 import ctypes
 import importlib.util
 import mmap
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 import tinytensor as tt
+from tests.cuda.conftest import cuda  # noqa: F401  (the fixture)
 from tinytensor import nn
 from tinytensor.optim import clip_grad_norm_
 
@@ -85,45 +84,27 @@ def test_jax_reads_the_memory_of_a_tensor() -> None:
 class OnDevice:
     """An array of a library, as DLPack sees it: its device, then a capsule."""
 
-    dtype = "bfloat16"
+    def __init__(self, kind: int, memory: Any = None) -> None:
+        self._kind, self._memory = kind, memory
 
-    def __init__(self, kind: Any, capsule: Any = None) -> None:
-        self._kind, self._capsule = kind, capsule
-
-    def __dlpack_device__(self) -> tuple[Any, int]:
+    def __dlpack_device__(self) -> tuple[int, int]:
         return self._kind, 0
 
     def __dlpack__(self, **options: Any) -> Any:
-        return self._capsule(**options)
+        return self._memory.__dlpack__(**options)
 
 
-class CuPyArray(np.ndarray):
-    """An array on a device, where only CuPy may look for it."""
-
-    __array_priority__ = 1
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-    def __dlpack__(self, **options: Any) -> Any:
-        self.options = options
-        return "capsule"
-
-
+@pytest.mark.usefixtures("cuda")
 def test_cuda_arrays_go_through_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = np.ones(3).view(CuPyArray)
-    cupy: Any = ModuleType("cupy")
-    cupy.ndarray, cupy.from_dlpack = CuPyArray, lambda source: inside
-    cupy.cuda = type("cuda", (), {"is_available": staticmethod(lambda: True)})
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setitem(sys.modules, "tinytensor.backend.cuda", ModuleType("cuda"))
-    monkeypatch.setattr(tt.backend, "cuda", sys.modules["tinytensor.backend.cuda"], raising=False)
-    for kind in (2, 13):
-        x = tt.from_dlpack(OnDevice(kind))
-        assert x.data is inside and x.device == "cuda"
-    assert x.__dlpack_device__() == (2, 0)
-    assert x.__dlpack__(stream=7, max_version=(1, 0), dl_device=(1, 0), copy=True) == "capsule"
-    assert inside.options == {"stream": 7, "max_version": (1, 0), "dl_device": (1, 0), "copy": True}
+    x = tt.zeros(3, device="cuda")
+    for theirs in (x, x.data, OnDevice(13, x)):
+        y = tt.from_dlpack(theirs)
+        assert y.device == "cuda" and y.__dlpack_device__() == (2, 0)
+        y.data += 1
+    assert x.tolist() == [3, 3, 3]
+    monkeypatch.setattr(type(x.data), "__dlpack__", lambda _, **options: options)
+    options = {"stream": 7, "max_version": (1, 0), "dl_device": (1, 0), "copy": True}
+    assert x.__dlpack__(**options) == options
 
 
 @pytest.mark.parametrize("make", [lambda: tt.ones(2, requires_grad=True), lambda: tt.ones(2, requires_grad=True).exp()])

@@ -12,7 +12,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,12 @@ class ndarray:
     @property
     def data(self) -> cuda.MemoryPointer:
         return cuda.MemoryPointer(self._array)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
 
     def get(self) -> np.ndarray:
         cuda.synchronise("reading an array")
@@ -355,6 +361,13 @@ def array(a: Any, dtype: Any = None, copy: bool | None = True) -> ndarray:
         return _call(np.array, a, dtype, copy=copy)
     cuda.copy_from_host("array")
     return ndarray(np.array(a, dtype))
+
+
+def from_dlpack(source: Any) -> ndarray:
+    if source.__dlpack_device__()[0] not in (2, 13):
+        raise TypeError("CuPy takes memory of the device only")
+    there = SimpleNamespace(__dlpack__=source.__dlpack__, __dlpack_device__=lambda: (1, 0))
+    return ndarray(np.from_dlpack(there), source)
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
