@@ -20,8 +20,8 @@ def command(verb: str) -> str:
 
 def missing(package: str, extra: str, error: ImportError) -> str:
     """What to do about a package that is not there, after "… needs "."""
-    this = '-e ".' if (HOME / "setup.cfg").exists() else '"minigpt-shakespeare'
-    return f'the package {package} ({error}); pip install {this}[{extra}]"'
+    this = f'-e ".[{extra}]"' if (HOME / "setup.cfg").exists() else f'"minigpt-shakespeare[{extra}]"'
+    return f"the package {package} ({error}); pip install {this}"
 
 
 def child(*arguments: str) -> dict[str, Any]:

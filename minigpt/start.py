@@ -42,8 +42,9 @@ def weights(config: TrainConfig, corpus: Text) -> tuple[TrainConfig, Pretrained 
         if not np.isfinite(array).all():
             raise ValueError(f"the weights {name} of {config.init_from} are not finite; begin with others")
     fitting = _with_tokenizer(found, config, corpus).cropped()
-    fitting.weights["wpe.weight"] = fitting.weights["wpe.weight"][: config.block_size]
-    return replace(config, **{name: getattr(found.config, name) for name in _SHAPE}), fitting
+    positions = {"wpe.weight": fitting.weights["wpe.weight"][: config.block_size]}
+    shaped = replace(config, **{name: getattr(found.config, name) for name in _SHAPE})
+    return shaped, fitting._replace(weights=fitting.weights | positions)
 
 
 def model(source: str) -> Pretrained:

@@ -187,11 +187,12 @@ class BPETokenizer:
             for i in range(0, len(pieces), _GROUP):
                 for found in self._bpe.encode_batch_fast(pieces[i : i + _GROUP], add_special_tokens=False):  # on all cores
                     ids.append(np.array(found.ids, np.int32))
-        except Exception:  # the package raises nothing more precise
-            known = self._bpe.get_vocab()
-            if strange := [c for c in text if c not in known][: type(self._bpe.model).__name__ == "WordLevel"]:
-                error = ValueError(f"character {strange[0]!r} is not in its vocabulary of {self.vocab_size} symbols")
-            raise ValueError(f"the text cannot be encoded by the model's tokenizer: {error}") from None
+        except Exception as error:  # the package raises nothing more precise
+            known, why = self._bpe.get_vocab(), str(error)
+            if type(self._bpe.model).__name__ == "WordLevel":  # a character tokenizer that was exported
+                strange = next(c for c in text if c not in known)
+                why = f"character {strange!r} is not in its vocabulary of {self.vocab_size} symbols"
+            raise ValueError(f"the text cannot be encoded by the model's tokenizer: {why}") from None
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
