@@ -17,6 +17,7 @@ import hashlib
 import http.client
 import io
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def render_play(markdown: str) -> str:
 def _obtain(path: Path, *routes: Callable[[], str]) -> Corpus:
     """Reads `path`, first filling it by the first route that works if it is missing."""
     if not path.exists():
-        disk.write(path, _fetch(routes))
+        disk.write(path, _fetch(routes), f"{os.getpid()}.tmp")
     corpus = read_text(path)
     if corpus.sha256 in KNOWN_TEXTS:
         return corpus

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, suffix: str = "tmp") -> None:
     """Make or replace a small file, in a folder made for it; the old one or the new one is there at any time, whole. OSError
-    names it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    names it. `suffix` is of the unfinished file: one of its own where another process may be writing the same."""
+    part = path.with_name(f"{path.name}.{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8", newline="\n")

@@ -163,9 +163,10 @@ def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def opening(tokenizer: Tokenizer) -> str:
-    """A prompt that the tokenizer has tokens for."""
+    """A prompt that the tokenizer has tokens for, and that can be written in a shell: a letter if need be."""
     try:
         tokenizer.encode("ROMEO:")
     except ValueError:
-        return tokenizer.decode([tokenizer.vocab_size // 2])
+        tokens = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+        return max(tokens, key=lambda text: (text.isalnum(), text.isprintable() and not text.startswith("-")))
     return "ROMEO:"
