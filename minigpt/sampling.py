@@ -105,7 +105,7 @@ def generate(
         was_training = model.training  # restored before each yield: the caller may train between two tokens
         if was_training:
             model.eval()
-        one = parallel.one_blas_thread() if window.size == 1 else nullcontext()  # two wait for each other at every row
+        one = parallel.one_blas_thread() if window.size == 1 else nullcontext()  # more wait for each other
         with tt.no_grad(), one:
             logits = model.head(model.features(window[None], cache)[:, -1]).numpy()[0]
         if was_training:

@@ -19,6 +19,7 @@ from minigpt.texts import parts
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the token that parts documents
 KINDS = ("char", "byte", "bpe")
 BPE_VOCAB_SIZE = 1024
+_CUTS = ("ByteLevel", "Digits", "Punctuation", "Split")  # steps that part a text into words, and may keep all of it
 _PART, _GROUP = 1 << 16, 64  # characters that one core encodes at a time, and parts that wait in memory
 
 
@@ -131,9 +132,13 @@ class BPETokenizer:
             raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error}") from None
         before = state.get("pre_tokenizer") or {}
         steps = before.get("pretokenizers", [before])
-        whole = all(step.get("type") in ("ByteLevel", "Split") and step.get("behavior") != "Removed" for step in steps)
-        if state.get("normalizer") or any(step.get("add_prefix_space") for step in steps) or not whole:
-            raise ValueError("no text would come back from this tokenizer as it was; use one that works on bytes, as GPT-2's")
+        whole = all(step.get("type") in _CUTS and step.get("behavior") != "Removed" for step in steps)
+        normalizes = (state.get("normalizer") or {"normalizers": []}).get("normalizers") != []
+        joins = (state.get("decoder") or {}).get("type") in ("ByteLevel", "Fuse")
+        if not (whole and joins) or normalizes or any(step.get("add_prefix_space") for step in steps):
+            raise ValueError(
+                "not every text comes back from this tokenizer as it was; use one that works on the text's bytes, as GPT-2's"
+            )
         self._bpe.no_truncation()
         self._bpe.no_padding()
 
@@ -209,12 +214,12 @@ class BPETokenizer:
 
 def _interruptibly(work: Callable[[], object]) -> None:
     """Do work that lasts and never looks for Ctrl-C, in a thread that is left behind when that comes."""
-    failed: list[Exception] = []
+    failed: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
-        except Exception as error:
+        except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

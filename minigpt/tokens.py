@@ -102,6 +102,9 @@ def prepare(
     folder appears when it is whole. ValueError: a text cannot be read, or the folder is there already.
     """
     paths = files(data)
+    once = next((path for path in paths if not path.is_file()), None)
+    if once is not None and tokenizer in ("char", "bpe"):
+        raise CorpusError(f"{once} can be read only once, and {tokenizer} reads texts twice: save it as a file first")
     with disk.new_folder(out_dir) as made, _progress(paths, column) as reading:
         if isinstance(tokenizer, str):
             tokenizer = make_tokenizer(tokenizer, _stream(reading("reading for the tokenizer")), vocab_size)

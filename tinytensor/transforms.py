@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,18 @@ class _Unwritten(state.Observer):
         self.node, self.until = node, next(writes.serial)
 
     def forward(self, op: type[Op], inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
-        self.node._check_unwritten([x.data if isinstance(x, Value) else x for x in inputs], self.until)
+        if state.is_grad_enabled():  # what saves nothing may read anything
+            self.node._check_unwritten([x.data if isinstance(x, Value) else x for x in inputs], self.until)
+        return run()
+
+
+class _Reads(state.Observer):
+    """Notes whether f reads anything, of what it closes over, that wants a gradient."""
+
+    wanted = False
+
+    def forward(self, op: type[Op], inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+        self.wanted |= any(isinstance(x, Value) and x.node is not None for x in inputs)
         return run()
 
 
@@ -180,19 +192,17 @@ def checkpoint(f: Callable[..., Tensor], *inputs: Any) -> Tensor:
     sums in another order). f must return one tensor and do the same when called again; it runs under no_grad first, so it
     cannot ask for gradients itself. (Chen et al., "Training deep nets with sublinear memory cost", 2016.)
     """
-    begun = next(writes.serial)
-    with state.no_grad(), random.noted() as keys:
+    begun, reads = next(writes.serial), _Reads()
+    edges = [x.node if isinstance(x, Value) else None for x in inputs]
+    with state.no_grad(), random.noted() as keys, nullcontext() if any(edges) else reads:
         y = f(*inputs)
     if not isinstance(y, Tensor):
         raise TypeError(f"checkpoint: f must return one tensor, it returned {type(y).__name__}")
+    if not (any(edges) or reads.wanted) or not state.is_grad_enabled() or not backend.is_float(y.dtype):
+        return y
     values = [x for x in inputs if isinstance(x, Value)]
     if any(writes.find(x.data, begun) for x in values):
         raise RuntimeError("checkpoint: f wrote into an input in place, which backward would do again; write into a clone()")
-    edges = [x.node if isinstance(x, Value) else None for x in inputs]
-    parameters = getattr(f, "parameters", None)  # of a module; what else f closes over cannot be seen
-    constant = parameters is not None and not any(edges) and not any(p.requires_grad for p in parameters())
-    if constant or not state.is_grad_enabled() or not backend.is_float(y.dtype):
-        return y
     # twins, for somebody may give a tensor other data; and a view, for y may be an input
     twins = [Tensor(x.data, x.node) if isinstance(x, Value) else x for x in inputs]
     node = _Replay(Checkpoint, {}, edges, [Spec(y.data), *twins], None)

@@ -61,7 +61,8 @@ class Write(NamedTuple):
     origin: Origin
 
 
-_log: dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]] = {}
+_log: dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]] = {}  # by the id of the array that has the memory
+_lent: set[int] = set()  # those of _log whose memory is somebody else's
 _log_lock = threading.RLock()
 
 
@@ -73,7 +74,9 @@ def record(array: Array) -> None:
     place, origin = byte_bounds(array), caller()
     with _log_lock:
         if key not in _log:
-            _log[key] = (weakref.ref(root, lambda _: _log.pop(key, None)), {})
+            _log[key] = (weakref.ref(root, lambda _: _forget(key)), {})
+            if _borrowed(root):
+                _lent.add(key)
         ranges = _log[key][1]
         latest = next(serial)
         ranges[place] = Write(latest, origin)
@@ -83,8 +86,13 @@ def record(array: Array) -> None:
             ranges[low, high] = newest
 
 
-def _borrowed(root: Array | None) -> bool:
-    return root is not None and root.base is not None
+def _forget(key: int) -> None:
+    _lent.discard(key)
+    _log.pop(key, None)
+
+
+def _borrowed(root: Array) -> bool:
+    return root.base is not None
 
 
 def find(array: Array, since: int, until: float = math.inf) -> Write | None:
@@ -95,6 +103,7 @@ def find(array: Array, since: int, until: float = math.inf) -> Write | None:
     low, high = byte_bounds(array)
     with _log_lock:
         # memory that another library owns, or lends us twice, has as many roots as there are ways that led here
-        near = [r for key, (other, r) in _log.items() if key == id(root) or _borrowed(root) or _borrowed(other())]
+        keys = _log.copy() if _borrowed(root) else (id(root), *_lent.copy())  # copies, for the dead are forgotten at any time
+        near = [entry[1] for key in keys if (entry := _log.get(key)) is not None]
         hits = [w for ranges in near for (lo, hi), w in ranges.items() if lo < high and low < hi]
     return max((w for w in hits if since < w.serial < until), default=None, key=lambda w: w.serial)

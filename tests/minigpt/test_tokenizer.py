@@ -218,8 +218,29 @@ def test_the_same_text_has_the_same_tokens_also_where_training_dropped_some(piec
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False}},
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+        {"decoder": None},
+        {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
     ],
 )
 def test_a_tokenizer_that_changes_texts_is_refused(pieces: BPETokenizer, change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="no text would come back from this tokenizer as it was"):
+    with pytest.raises(ValueError, match="not every text comes back from this tokenizer as it was"):
         BPETokenizer(json.dumps(json.loads(pieces.to_json()) | change))
+
+
+def test_a_tokenizer_may_cut_texts_as_it_likes(pieces: BPETokenizer) -> None:
+    """As those of later models do: by their own pattern, digits and punctuation apart, then into bytes."""
+    on_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "MergedWithPrevious", "invert": False},
+        {"type": "Digits", "individual_digits": True},
+        {"type": "Punctuation", "behavior": "Isolated"},
+        on_bytes,
+    ]
+    change = {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+        "normalizer": {"type": "Sequence", "normalizers": []},
+    }
+    other = BPETokenizer(json.dumps(json.loads(pieces.to_json()) | change))
+    text = "In 1599, at the Globe: ÆÐ — 🎭\n" + verse()
+    assert other.decode(other.encode(text)) == text
+    assert other.encode(text).tolist() != pieces.encode(text).tolist()

@@ -152,6 +152,14 @@ def test_a_full_disk_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [p.name for p in Path().iterdir()] == ["verse.txt"]
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_what_can_be_read_only_once_is_refused_where_it_would_be_read_twice(tokenizer: str) -> None:
+    os.mkfifo("pipe.txt")
+    with pytest.raises(CorpusError, match=rf"pipe\.txt can be read only once, and {tokenizer} reads texts twice: save it"):
+        prepare([Path("verse.txt"), Path("pipe.txt")], Path("made"), tokenizer)
+    assert not Path("made").exists()
+
+
 def test_an_interrupted_preparation_leaves_nothing() -> None:
     os.mkfifo("endless.txt")
     pipe = os.open("endless.txt", os.O_RDWR)  # as long as it is open here, those who read the text wait for more
@@ -232,6 +240,7 @@ def test_what_a_text_says_of_its_end_is_not_where_it_ends() -> None:
 def test_samples_need_no_line_breaks_in_the_vocabulary() -> None:
     package = tokenizers.Tokenizer(tokenizers.models.BPE())
     package.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    package.decoder = tokenizers.decoders.ByteLevel()
     package.train_from_iterator(["a line of letters"], tokenizers.trainers.BpeTrainer(show_progress=False))
     Path("deaf").mkdir()
     package.save("deaf/tokenizer.json")

@@ -1321,6 +1321,23 @@ def test_a_function_that_writes_into_its_input_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="checkpoint: f wrote into an input in place"):
         tt.checkpoint(f, x * 1)
+    with tt.no_grad():  # nothing will be done again
+        assert tt.checkpoint(f, x * 1).item() == 8
+
+
+def test_what_is_read_without_a_gradient_may_have_been_written() -> None:
+    """As counters and running means are: what no_grad reads is not differentiated."""
+    x, mean = tt.ones(2, requires_grad=True), tt.zeros(2)
+
+    def f(x: tt.Tensor) -> tt.Tensor:
+        with tt.no_grad():
+            shift = mean * 0
+        return (x * x + shift).sum()
+
+    y = tt.checkpoint(f, x)
+    mean += 1
+    y.backward()
+    assert x.grad.tolist() == [2, 2]
 
 
 def test_checkpoint_keeps_what_it_read_when_a_tensor_is_given_other_data() -> None:
@@ -1339,10 +1356,44 @@ def test_checkpoint_of_an_input_itself_is_a_view_of_it() -> None:
     assert x.tolist() == [1, 1]
 
 
-def test_frozen_modules_in_checkpoint_want_no_gradients() -> None:
-    module = tt.nn.Linear(2, 2).requires_grad_(False)
-    assert not tt.checkpoint(module, tt.ones(1, 2)).requires_grad
-    assert tt.checkpoint(module, tt.ones(1, 2, requires_grad=True)).requires_grad
+def test_checkpoint_of_what_wants_no_gradients_wants_none() -> None:
+    linear, w = tt.nn.Linear(2, 2).requires_grad_(False), leaf([1.0, 2.0])
+    x = tt.ones(1, 2)
+    for f in (linear, lambda x: linear(x) * 2, lambda x: linear(x) + w.detach(), lambda x: tt.checkpoint(linear, x)):
+        assert not tt.checkpoint(f, x).requires_grad
+        assert tt.checkpoint(f, tt.ones(1, 2, requires_grad=True)).requires_grad
+
+
+class Keeper(tt.nn.Module):
+    """A module that reads more than its parameters: a result, layers in a plain list, and a frozen parameter of its own."""
+
+    def __init__(self, of: str) -> None:
+        self.frozen = tt.nn.Parameter([2.0, 3.0], requires_grad=False)
+        self.w = tt.ones(2, requires_grad=True)
+        self.result = self.w * 2 if of == "result" else 0
+        self.layers = [tt.nn.Linear(2, 2)] if of == "list" else []
+        self.inner = Keeper("result") if of == "checkpoint" else None
+
+    def forward(self, x: tt.Tensor) -> tt.Tensor:
+        x = x * self.frozen + self.result
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.inner is None else tt.checkpoint(self.inner, x)
+
+    def read(self) -> list[tt.Tensor]:
+        return [self.w, *(p for layer in self.layers for p in layer.parameters()), *(self.inner.read() if self.inner else ())]
+
+
+@pytest.mark.parametrize("of", ["result", "list", "checkpoint"])
+def test_checkpoint_sends_gradients_to_whatever_a_module_reads(of: str) -> None:
+    plain, checkpointed = Keeper(of), Keeper(of)
+    for a, b in zip(plain.layers, checkpointed.layers, strict=True):
+        b.load_state_dict(a.state_dict())
+    plain(tt.ones(1, 2)).sum().backward()
+    tt.checkpoint(checkpointed, tt.ones(1, 2)).sum().backward()
+    wanted = [None if p.grad is None else p.grad.tolist() for p in plain.read()]
+    assert [None if p.grad is None else p.grad.tolist() for p in checkpointed.read()] == wanted
+    assert any(wanted)
 
 
 def test_checkpoint_lets_go_of_its_function_after_backward() -> None:

@@ -56,6 +56,16 @@ def test_parameters_by_name_each_once() -> None:
     assert all(isinstance(p, nn.Parameter) and p.requires_grad and p.is_leaf for p in net.parameters())
 
 
+def test_a_module_that_is_reached_from_within_itself_is_named_once() -> None:
+    net = Net()
+    net.blocks.whole, net.itself = net, net
+    net.again = net.blocks[0]
+    assert [name for name, _ in net.named_parameters()] == NAMES
+    again = ["again.0.weight", "again.0.bias"]
+    assert [name for name, _ in net.named_parameters(shared=True)] == [*NAMES, "head.weight", *again]
+    net.load_state_dict(net.state_dict())
+
+
 def test_modules_by_name_each_once() -> None:
     net = Net()
     net.again = net.blocks[0]

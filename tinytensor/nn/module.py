@@ -68,15 +68,16 @@ class Module:
         """(dotted name, parameter); a shared parameter once under its first name, or under every name with shared=True."""
         seen: set[int] = set()
 
-        def walk(module: Module, path: str) -> Iterator[tuple[str, Parameter]]:
-            for name, value in vars(module).items():
-                if isinstance(value, Parameter | Module) and (shared or id(value) not in seen):
-                    seen.add(id(value))
-                    full = f"{path}.{name}" if path else name
-                    if isinstance(value, Parameter):
-                        yield full, value
-                    else:
-                        yield from walk(value, full)
+        def walk(value: Any, path: str) -> Iterator[tuple[str, Parameter]]:
+            if isinstance(value, Parameter | Module) and id(value) not in seen:
+                seen.add(id(value))
+                if isinstance(value, Parameter):
+                    yield path, value
+                else:
+                    for name, child in vars(value).items():
+                        yield from walk(child, f"{path}.{name}" if path else name)
+                if shared:  # it may be met again, but not within itself
+                    seen.remove(id(value))
 
         return walk(self, "")
 
