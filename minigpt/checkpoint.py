@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt import facts, tokenizer
+from minigpt import disk, facts, tokenizer
 from minigpt.config import TrainConfig
 from minigpt.gpt2 import Pretrained
 from minigpt.model import GPT
@@ -88,6 +88,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         save_file(tensors, temporary, metadata={"minigpt": state, "sha256": _seal(state, tensors)})
+        disk.open_to_others(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if path.name == LAST and path.exists():

@@ -25,6 +25,12 @@ def write(path: Path, text: str, suffix: str = "tmp") -> None:
             part.unlink()
 
 
+def open_to_others(path: Path) -> None:
+    """Give a file or folder the permissions that the user's umask leaves it, where its maker gave none but the user any."""
+    os.umask(umask := os.umask(0))
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill within this block, which gets its name when the block ends well and vanishes otherwise.
@@ -37,8 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))  # nobody else's
-        os.umask(umask := os.umask(0))
-        part.chmod(0o777 & ~umask)
+        open_to_others(part)
         yield part
         if path.exists():
             path.rmdir()  # not every system renames over a folder, even an empty one

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minigpt import hub
+from minigpt import disk, hub
 from minigpt.config import GPTConfig
 from minigpt.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
@@ -127,7 +126,7 @@ def dump(found: Pretrained, folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder / WEIGHTS} could not be written ({error})") from None
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets none but its owner read a file
+    disk.open_to_others(folder / WEIGHTS)
 
 
 def _settings(config: GPTConfig) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def _report(trainer: Trainer, profiled: int) -> bool:
     finished = trainer.step >= config.max_steps
     with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
         tracker.header(header(trainer))
+        _warn_of_long_evaluations(trainer, tracker)
         if not finished:
             with _recorded(trainer, tracker), _profiled(trainer, tracker, profiled):
                 finished = trainer.train(tracker)
@@ -88,6 +89,15 @@ def _report(trainer: Trainer, profiled: int) -> bool:
             f"to go on: {command('train')} {config.preset} --resume --out-dir {shlex.quote(str(out_dir))}"
         )
     return finished
+
+
+def _warn_of_long_evaluations(trainer: Trainer, tracker: Tracker) -> None:
+    config, tokens = trainer.config, len(trainer.data.val)
+    if tokens > 3 * config.eval_interval * config.tokens_per_step:  # a step's backward pass costs two of forward
+        tracker.say(
+            f"warning: each evaluation reads {tokens:,} tokens, which takes longer than {config.eval_interval:,} steps; "
+            f"use a smaller --val-share than {config.val_share:g}, or a larger --eval-interval"
+        )
 
 
 def _stopper(trainer: Trainer) -> str:

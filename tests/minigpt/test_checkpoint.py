@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def test_the_model_of_a_checkpoint_is_the_one_saved_and_does_not_drop(trained: T
     x, y = trained.data.batch(0, 0, 0, 4)
     assert not model.training
     assert model(x, y)[1].item() == trained.model.eval()(x, y)[1].item()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_what_the_user_lets_them(tmp_path: Path, trained: Trainer, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path / LAST, load(trained.out_dir / LAST))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / LAST).stat().st_mode) == 0o666 & ~umask
 
 
 def test_float64_weights_survive(tmp_path: Path, trained: Trainer) -> None:

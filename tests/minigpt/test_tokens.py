@@ -203,6 +203,18 @@ def test_damaged_tokens_are_refused(damage: Callable[[], object], message: str) 
         run(replace(TINY, data=Path("made")))
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.2, True), (0.02, False)])
+def test_evaluations_that_take_longer_than_training_are_told_of(
+    capsys: pytest.CaptureFixture[str], share: float, warned: bool
+) -> None:
+    """A tenth of a large text is more than anybody wants to wait for."""
+    run(replace(TINY, data=Path("verse.txt"), val_share=share))
+    told = " ".join(capsys.readouterr().out.split())
+    expected = "tokens, which takes longer than 3 steps; use a smaller --val-share than 0.2, or a larger"
+    assert (expected in told) is warned
+    assert ("warning" in told) is warned
+
+
 def test_a_text_too_large_to_hold_is_to_be_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minigpt.corpus.IN_MEMORY", 100)
     with pytest.raises(CorpusError, match=r"verse\.txt is .* GB of text: make tokens of it, once, with .*prepare"):
