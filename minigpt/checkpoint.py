@@ -53,7 +53,7 @@ class Checkpoint:
     skipped_in_a_row: int  # and those of them that were the last steps
     text_sha256: str
     path: Path | None = None  # the file that it was read from,
-    beside: list[tuple[str, int, int]] = field(default_factory=list)  # and the versions of its folder's checkpoints then
+    stamps: list[tuple[str, int, int]] = field(default_factory=list)  # and the `stamps` of its folder then
 
     def build_model(self, device: str = "cpu") -> GPT:
         """The model of this checkpoint, with its weights, ready to speak."""
@@ -88,7 +88,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         save_file(tensors, temporary, metadata={"minigpt": state, "sha256": _seal(state, tensors)})
-        disk.open_to_others(temporary)
+        disk.apply_umask(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if path.name == LAST and path.exists():
@@ -119,17 +119,17 @@ def _seal(state: str, tensors: dict[str, np.ndarray]) -> str:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint; CheckpointError says what is wrong with the file."""
-    beside = versions(path.parent)
+    seen = stamps(path.parent)
     state, tensors = _read(path)
     try:
         found = _restored(state, tensors)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error!r}") from None
-    found.path, found.beside = path, beside
+    found.path, found.stamps = path, seen
     return found
 
 
-def versions(folder: Path) -> list[tuple[str, int, int]]:
+def stamps(folder: Path) -> list[tuple[str, int, int]]:
     """What changes whenever a run saves in this folder."""
     return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in saved_in(folder)]
 
@@ -143,10 +143,10 @@ def set_aside(folder: Path, whole: Checkpoint) -> None:
 
 def load_newest(folder: Path) -> Checkpoint:
     """The newest whole checkpoint of a run, with a warning about every newer one that is damaged."""
-    beside = versions(folder)
+    seen = stamps(folder)
     paths = sorted(saved_in(folder), key=lambda path: (path.name == LAST, _step(path)), reverse=True)
     found = _first_whole(paths, folder)
-    found.beside = beside
+    found.stamps = seen
     return found
 
 

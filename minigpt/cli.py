@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,8 +31,9 @@ def train() -> None:
     preset = args.pop(0) if args and not args[0].startswith("-") else "shakespeare"
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not known; choose {', '.join(PRESETS)}")
-    description = f"Train a GPT. Presets, as the first word: {', '.join(PRESETS)}. These are the settings of {preset}."
-    config = tyro.cli(TrainConfig, default=PRESETS[preset], args=args, description=description)
+    about = f"Train a GPT. PRESET is {', '.join(PRESETS)}; below are the settings of {preset}."
+    settings = partial(tyro.cli, TrainConfig, args=args, prog=f"{command('train')} [PRESET]", description=about)
+    config = settings(default=PRESETS[preset])
     saved = None
     if config.prove_resume:
         from minigpt.prove import prove_resume
@@ -42,7 +44,7 @@ def train() -> None:
         out_dir = folder.to_resume(config)
         saved = checkpoint.load_newest(out_dir)
         own = replace(saved.config, out_dir=out_dir, resume=True)
-        config = tyro.cli(TrainConfig, default=own, args=args, description=description)
+        config = settings(default=own)
     elif config.preset != preset:
         raise ValueError(f"--preset only names a run; for its settings write: {command('train')} {config.preset}")
     try:
@@ -62,7 +64,7 @@ class Generate:
     prompt: str | None = None
     """text to continue, by default a line break; "-" reads it from standard input"""
     prompt_file: Path | None = None
-    """read the prompt from a file instead"""
+    """a text file whose content to continue, instead of --prompt"""
     max_tokens: int = 500
     """tokens to write"""
     num_samples: int = 1
@@ -84,11 +86,15 @@ def generate() -> None:
         _check_interactive(args)
     if args.explain:
         _check_page(args.explain, args.num_samples)
+    if args.run and args.model:
+        raise ValueError(f"--run {args.run} and --model {args.model} are two models; leave out one of them")
+    if args.prompt is not None and args.prompt_file:
+        raise ValueError(
+            f"--prompt {args.prompt!r} and --prompt-file {args.prompt_file} are two prompts; leave out one of them"
+        )
     prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.prompt_file:
         prompt = args.prompt_file.read_text("utf-8")
-    if args.run and args.model:
-        raise ValueError(f"--run {args.run} and --model {args.model} are two models; leave out one of them")
     if args.model:
         found = start.model(args.model).cropped()
     else:
@@ -147,7 +153,7 @@ class Export:
     to: Literal["hf"] = "hf"
     """the format: hf is a folder for Hugging Face's transformers"""
     out_dir: Path | None = None
-    """the folder to write, new or empty; by default the run's own, and in it one of that name"""
+    """the folder to write, new or empty; by default RUN/hf"""
 
 
 @errors_as_sentences("interrupted; nothing was written")

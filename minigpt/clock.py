@@ -26,7 +26,7 @@ class Clock:
         finally:
             elapsed = (time.perf_counter() - start) / threads
             with self._lock:
-                # side by side, phases see each other's time, so only an outermost one takes it off
+                # phases side by side add to these sums too, so only one that is alone takes off what is inside of it
                 others = sum(self.seconds.values()) - inside if threads == 1 else 0.0
                 self.seconds[name] += max(0.0, elapsed - others)
 

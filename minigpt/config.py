@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+SourceName = Literal["tiny", "complete"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -68,21 +70,17 @@ class TrainConfig:
     out_dir: Path | None = None
     """folder of the run; by default runs/PRESET, or the next free runs/PRESET-2, -3, …"""
     data: Path | None = None
-    """what to train on: any UTF-8 text file, also compressed (.gz), or a folder that `minigpt prepare` made; by default Tiny
-    Shakespeare, fetched once into data/"""
-    source: Literal["tiny", "complete"] = "tiny"
-    """which Shakespeare to fetch: tiny (1.1 MB) or complete (all the plays, 5 MB)"""
+    """a UTF-8 text file, also .gz, or a folder that `minigpt prepare` made; by default Tiny Shakespeare, fetched into data/"""
+    source: SourceName = "tiny"
+    """which Shakespeare to fetch: tiny (1.1 MB) or complete (all the plays, 4.7 MB)"""
     tokenizer: str | None = None
-    """one token per character of the text (char), per byte (byte), or per frequent piece of a word (bpe, trained on the text);
-    or a model whose tokenizer to use, as a folder or a name on the Hugging Face hub (gpt2). By default that of prepared tokens
-    or of --init-from, otherwise char"""
+    """char, byte, bpe (trained on the text), or the name of a model (gpt2); by default that of data or init_from, or char"""
     vocab_size: int | None = None
     """tokens of a bpe tokenizer, by default 1,024"""
     val_share: float = 0.1
     """share of the text, its end, that is kept for validation"""
     init_from: str | None = None
-    """weights to begin with: GPT-2's from a folder or the Hugging Face hub (gpt2, gpt2-medium, …), or those of a run's folder;
-    the model then has their shape, with a block_size that may be smaller"""
+    """weights to begin with, and their shape: GPT-2's, from a folder or the Hugging Face hub (gpt2), or those of a run"""
 
     n_layer: int = 6
     """transformer blocks"""
@@ -137,21 +135,17 @@ class TrainConfig:
     threads: int | None = None
     """cores to use; by default TINYTENSOR_NUM_THREADS, or all that this process may run on"""
     shards: int | None = None
-    """parts that a micro-batch is cut into, each computed by one thread; dropout masks and rounding depend on it, not on the
-    threads (but a single shard leaves the threads to BLAS, whose products may round otherwise). By default one for 1,024
-    tokens, and at least two; more keep more cores busy. On a GPU one"""
+    """parts of a micro-batch, a thread for each; rounding depends on them. By default one per 1,024 tokens and two or more"""
     rank_timeout: int = 600
     """seconds without a step after which a job of several processes ends, because one of them hangs"""
     checkpoint_activations: bool = False
-    """keep only the input of each transformer block for the backward pass, which computes the rest again: less memory, about a
-    third more arithmetic, the same bits"""
+    """keep only the inputs of transformer blocks for backward, which runs them again: less memory, the same bits"""
     profile: int | None = None
     """steps to profile, after the first two: a table, a timeline and a roofline of every op are put into the run's folder"""
     wandb: bool = True
     """mirror the run to Weights & Biases, where that is installed and logged in"""
     resume: bool = False
-    """go on from the last checkpoint of out_dir, by default of the preset's newest run, with that run's settings and any flags
-    given here (another max_steps draws the schedule anew)"""
+    """go on from the last checkpoint of out_dir, or of the preset's newest run, with its settings but for flags given here"""
     prove_resume: bool = False
     """instead of training: kill and resume a small run, and compare it bit for bit with one that was left alone"""
 
@@ -159,7 +153,7 @@ class TrainConfig:
         _check_whole(self, max_steps=1, micro_batch=1, accumulation=1, eval_interval=1, sample_tokens=0, seed=0, warmup_steps=0)
         _check_whole(self, max_skipped=1, rank_timeout=1)
         for name, low, high in (
-            ("lr", 0, 1e35),  # times a weight's largest step, a few, this is still a float32
+            ("lr", 0, 1e35),  # times a parameter's largest update, still a float32
             ("min_lr", 0, math.inf),
             ("weight_decay", 0, math.inf),
             ("beta1", 0, 1),

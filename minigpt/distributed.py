@@ -1,8 +1,9 @@
 """Several processes train one model.
 
-Each rank holds the whole model and computes its share of a step's shards; their gradients are added up in the binary tree that
-one process would use, so every rank takes the same step, bit for bit, and on CPUs a run does not depend on how many there were.
-Rank 0 alone writes and prints. Ranks come from an MPI launcher: `mpiexec -n 4 python scripts/train.py …`.
+Each rank holds the whole model and computes its share of a step's shards; their gradients are added up in a binary tree, so
+every rank takes the same step, bit for bit. Where the ranks are a power of two, the tree is that of one process, and a run on
+CPUs does not depend on their number. Rank 0 alone writes and prints. Ranks come from an MPI launcher:
+`mpiexec -n 4 python scripts/train.py …`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from minigpt.program import SENTENCES, missing
 from tinytensor import backend
 from tinytensor.backend import Array
 from tinytensor.optim import Optimizer
 
 T = TypeVar("T")
-EXPECTED = (ValueError, ArithmeticError, RuntimeError, OSError, MemoryError, KeyboardInterrupt)  # whose message says it all
 
 
 class Ranks:
@@ -148,8 +149,7 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
     except (ImportError, RuntimeError) as error:  # the package, or the MPI library below it
         cause = str(error).partition("\n")[0]
         raise RuntimeError(
-            f"an MPI launcher started {_launched()} processes, but mpi4py cannot be used ({cause}); "
-            "install it with: pip install -e '.[mpi]'"
+            f"an MPI launcher started {_launched()} processes, which needs {missing('mpi4py', 'mpi', cause)}"
         ) from None
     comm = MPI.COMM_WORLD
     if comm.Get_size() == 1:
@@ -170,7 +170,7 @@ def ranks(device: str, timeout: float) -> Iterator[Ranks]:
         yield job
         comm.Barrier()  # nobody leaves before rank 0 has written and said everything: a launcher may end the rest then
     except BaseException as error:
-        if not isinstance(error, EXPECTED):
+        if not isinstance(error, (*SENTENCES, MemoryError, KeyboardInterrupt)):
             traceback.print_exc()
         if job.rank:
             time.sleep(1)  # for rank 0 to write down what it, too, may have met

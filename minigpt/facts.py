@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tinytensor as tt
-from tinytensor.inspect.cost import gemm_peak as gemm_peak
+from minigpt.program import HOME
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -60,15 +60,16 @@ def gpu() -> str | None:
 
 def commit() -> str | None:
     """The git commit of this code, "+" after it where files were changed since; None outside a checkout."""
-    here = Path(__file__)
+    here = Path(__file__).relative_to(HOME)
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, check=True, timeout=10).stdout
+        return subprocess.run(command, cwd=HOME, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # or the commit would be that of a repository around an installed copy
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+        git("ls-files", "--error-unmatch", str(here))  # or the commit would be that of a repository around an installed copy
+        changed = git("status", "--porcelain", "--untracked-files=no", "minigpt", "tinytensor")
+        return git("rev-parse", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -82,7 +83,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def all_of_them() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """For run.json."""
     return {
         "versions": versions("numpy", "safetensors"),

@@ -115,7 +115,8 @@ def dump(found: Pretrained, folder: Path) -> None:
     end = tokenizer.end_of_text if tokenizer else None
     ends = {"bos_token_id": end, "eos_token_id": end}
     _write(folder / CONFIG, _settings(config) | ends)
-    _write(folder / "generation_config.json", ends | {"max_length": config.block_size})  # transformers' own is beyond many
+    length = {"max_length": config.block_size}  # transformers' default may exceed the context
+    _write(folder / "generation_config.json", ends | length)
     if tokenizer:
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         symbol = None if end is None else END_OF_TEXT
@@ -126,7 +127,7 @@ def dump(found: Pretrained, folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder / WEIGHTS} could not be written ({error})") from None
-    disk.open_to_others(folder / WEIGHTS)
+    disk.apply_umask(folder / WEIGHTS)
 
 
 def _settings(config: GPTConfig) -> dict[str, Any]:

@@ -16,8 +16,8 @@ _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # gpt2, or owner/
 
 def find(source: str, name: str) -> Path | None:
     """The file `name` of the model in the folder `source`, or else in that repository of the hub; None where it has no such
-    file. What keeps the answer from being known is one sentence: ValueError for a source that is neither, or is closed to us,
-    OSError for a hub that cannot be reached, RuntimeError where huggingface_hub is not installed.
+    file. ValueError: the source is neither, or closed to us; OSError: the hub cannot be reached; RuntimeError: there is no
+    huggingface_hub.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -36,11 +36,11 @@ def _fetch(source: str, name: str) -> Path | None:
         needs = f"to look for it on the hub needs {missing('huggingface_hub', 'hf', error)}"
         raise RuntimeError(f"there is no folder {source}, and {needs}") from None
     try:
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its attempts it would tell
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
         known = try_to_load_from_cache(source, name)
         if known is None:
             return Path(hf_hub_download(source, name))
-        return Path(known) if isinstance(known, str) else None  # what is no path stands for a file that was asked for in vain
+        return Path(known) if isinstance(known, str) else None  # otherwise the cache knows that there is none
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
             f"{source} is no folder, the hub's cache does not have its {name}, and {constants.ENDPOINT} does not "

@@ -110,7 +110,7 @@ class Session:
         try:
             yield from decoded(self.tokenizer, self._tokens(sample))
         except Exception:
-            yield "\n"  # what is told of it begins a line
+            yield "\n"  # so that the error's sentence begins a line
             raise
         yield "\n"
 

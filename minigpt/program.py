@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SENTENCES = (ValueError, ArithmeticError, RuntimeError, OSError)  # errors whose message is all that there is to say
 HOME = Path(__file__).resolve().parents[1]  # the folder that this minigpt is imported from
 
 
@@ -18,7 +19,7 @@ def command(verb: str) -> str:
     return f"{called} {verb}" if called in ("minigpt", "python -m minigpt") else f"python scripts/{verb}.py"
 
 
-def missing(package: str, extra: str, error: ImportError) -> str:
+def missing(package: str, extra: str, error: object) -> str:
     """What to do about a package that is not there, after "… needs "."""
     this = f'-e ".[{extra}]"' if (HOME / "setup.cfg").exists() else f'"minigpt-shakespeare[{extra}]"'
     return f"the package {package} ({error}); pip install {this}"
@@ -39,7 +40,7 @@ def errors_as_sentences(interrupted: str = "") -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError as error:
         sys.exit(f"error: out of memory ({error}); use a smaller model, or a smaller --micro-batch to train it")
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
+    except SENTENCES as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(interrupted)

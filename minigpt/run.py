@@ -25,6 +25,7 @@ from minigpt.tracking import Quiet, Tracker, duration
 from minigpt.trainer import Trainer
 from tinytensor import parallel
 from tinytensor.inspect import profile
+from tinytensor.inspect.cost import gemm_peak
 
 
 class Stopped(Exception):
@@ -54,7 +55,7 @@ def run(config: TrainConfig, saved: Checkpoint | None = None) -> Path:
                 finished = trainer.step >= config.max_steps or trainer.train(Quiet())
             else:
                 with folder.locked(out_dir):
-                    if checkpoint.versions(out_dir) != (saved.beside if saved else []):
+                    if checkpoint.stamps(out_dir) != (saved.stamps if saved else []):
                         raise ValueError(f"{out_dir} was written to by another run while this one was starting; start it again")
                     if saved:
                         checkpoint.set_aside(out_dir, saved)
@@ -117,7 +118,7 @@ def _recorded(trainer: Trainer, tracker: Tracker) -> Iterator[None]:
         "text": {"source": trainer.corpus.source, "sha256": trainer.corpus.sha256},
         "ranks": trainer.ranks.size,
         "threads": trainer.threads,
-        **facts.all_of_them(),
+        **facts.environment(),
     }
     folder.write_record(out_dir, record)
     if config.wandb:
@@ -194,7 +195,7 @@ def _speed(trainer: Trainer, steps: int) -> str:
     spent = sum(s for name, s in trainer.clock.seconds.items() if name not in ("evaluation", "checkpoint"))
     tokens = steps * trainer.config.tokens_per_step / spent if spent else 0.0
     rate = tokens * trainer.model.config.flops_per_token()
-    peak = facts.gemm_peak() * trainer.ranks.size if trainer.config.device == "cpu" else 0.0
+    peak = gemm_peak() * trainer.ranks.size if trainer.config.device == "cpu" else 0.0
     share = f", {rate / peak:.0%} of the matrix product's" if peak else ""
     return f"{tokens:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s{share}; at most {facts.peak_memory() / 1e6:,.0f} MB"
 

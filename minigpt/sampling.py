@@ -163,7 +163,7 @@ def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def opening(tokenizer: Tokenizer) -> str:
-    """A prompt that the tokenizer has tokens for, and that can be written in a shell: a letter if need be."""
+    """ "ROMEO:", or where the tokenizer cannot encode that, one of its tokens: a letter or a digit if it has one."""
     try:
         tokenizer.encode("ROMEO:")
     except ValueError:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class TokenFile:
         ids: uint16 or, from 65,537 tokens in the vocabulary on, uint32; little-endian.
         tokenizer: whose ids they are.
         characters: of the text.
-        source, sha256: what the text is, and the digest of its UTF-8 bytes, with what parts its documents.
+        source, sha256: what the text is; the digest of its UTF-8 bytes, those between its documents included.
         path: the folder.
     """
 
@@ -107,7 +107,7 @@ def prepare(
         raise CorpusError(f"{once} can be read only once, and {tokenizer} reads texts twice: save it as a file first")
     with disk.new_folder(out_dir) as made, _progress(paths, column) as reading:
         if isinstance(tokenizer, str):
-            tokenizer = make_tokenizer(tokenizer, _stream(reading("reading for the tokenizer")), vocab_size)
+            tokenizer = make_tokenizer(tokenizer, _stream(reading("reading for the tokenizer"), "\n"), vocab_size)
         with open(made / TOKENS, "wb") as file:
             about = _write(file, tokenizer, reading("encoding"))
         if not about["characters"]:
@@ -118,8 +118,11 @@ def prepare(
     return open_tokens(out_dir)
 
 
-def _stream(documents: Documents, between: str = "\n") -> Iterator[str]:
-    """Documents in pieces, parted."""
+T = TypeVar("T")
+
+
+def _stream(documents: Documents, between: T) -> Iterator[str | T]:
+    """The pieces of all documents, with `between` between two documents."""
     for number, document in enumerate(documents):
         if number:
             yield between
@@ -132,23 +135,23 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
     """Write the ids of documents; what is to be known of them."""
-    between, dtype = "\n" if tokenizer.end_of_text is None else END_OF_TEXT, _dtype(tokenizer)
+    end, dtype = tokenizer.end_of_text, _dtype(tokenizer)
 
-    def encode(text: str) -> np.ndarray:
-        parting = text is between and tokenizer.end_of_text is not None  # the same words in a text are another object
-        return (np.array([tokenizer.end_of_text]) if parting else tokenizer.encode(text)).astype(dtype)
+    def encode(piece: str | None) -> np.ndarray:
+        return (np.array([end]) if piece is None else tokenizer.encode(piece)).astype(dtype)
 
     digest, ids_digest, characters, blank = hashlib.sha256(), hashlib.sha256(), 0, True
-    stream, cores = _stream(documents, between), parallel.cpu_threads()
+    stream, cores = _stream(documents, "\n" if end is None else None), parallel.cpu_threads()
     with ThreadPoolExecutor(cores) as pool:
         while pieces := list(islice(stream, 4 * cores)):  # not all at once, or they would wait in memory
-            for text, ids in zip(pieces, pool.map(encode, pieces), strict=True):
+            for piece, ids in zip(pieces, pool.map(encode, pieces), strict=True):
+                text = END_OF_TEXT if piece is None else piece
                 file.write(ids.data)
                 ids_digest.update(ids.data)
                 digest.update(text.encode())
                 characters, blank = characters + len(text), blank and not text.strip()
     digests = {"sha256": digest.hexdigest(), "tokens_sha256": ids_digest.hexdigest()}
-    return {"dtype": dtype.str, "characters": 0 if blank else characters, **digests}
+    return {"characters": 0 if blank else characters, **digests}
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """ "42 s", "12 min 5 s", "3 h 20 min"."""
+    """ "42.0 s", "12 min 5 s", "3 h 20 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s"

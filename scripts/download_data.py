@@ -5,7 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from minigpt.corpus import CorpusError, SourceName, load_corpus
+from minigpt.config import SourceName
+from minigpt.corpus import CorpusError, load_corpus
 
 
 def main(source: SourceName = "tiny", out_dir: Path = Path("data")) -> None:

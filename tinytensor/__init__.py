@@ -26,7 +26,7 @@ from tinytensor.creation import (
 )
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
 from tinytensor.ops import __all__ as _op_names
-from tinytensor.state import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from tinytensor.state import enable_grad, is_grad_enabled, no_grad
 from tinytensor.tensor import Tensor
 from tinytensor.transforms import checkpoint, grad, jvp, value_and_grad, vjp
 
@@ -60,7 +60,6 @@ __all__ = [
     "randint",
     "randn",
     "random",
-    "set_grad_enabled",
     "tensor",
     "testing",
     "value_and_grad",

@@ -25,7 +25,7 @@ import numpy as np
 
 from tinytensor import backend, writes
 from tinytensor.backend import Array, Into, kernels
-from tinytensor.state import Observer, set_grad_enabled, thread, within
+from tinytensor.state import Observer, Setting, thread, within
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _SCALARS = (float, int, bool)
@@ -410,7 +410,7 @@ def sweep(
     for node, g in roots:
         add(node, g)
     free = not (retain_graph or create_graph)
-    with set_grad_enabled(create_graph):
+    with Setting("recording", create_graph):
         while heap:
             node = heapq.heappop(heap)[1]
             g = total.pop(node)

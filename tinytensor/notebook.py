@@ -149,7 +149,7 @@ def _branch(module: Any, path: str, places: dict[int, str], facts: str = "") -> 
         count += p.size if first == place else 0
         about = f"{p.shape} {p.dtype}" + ("" if p.requires_grad else " frozen")
         rows.append(_row(html.escape(name), about, f"{p.size:,}" if first == place else f"the same as {first}"))
-    for name, child in module.children():
+    for name, child in module.named_children():
         row, new = _branch(child, f"{path}.{name}" if path else name, places)
         rows.append(row)
         count += new

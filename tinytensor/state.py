@@ -42,21 +42,14 @@ class Setting(ContextDecorator):
         return Setting(self.name, self.value)
 
 
-class set_grad_enabled(Setting):
-    """Record operations, or not, in this thread, within a `with` block or a decorated function."""
-
-    def __init__(self, mode: bool) -> None:
-        super().__init__("recording", mode)
-
-
-def no_grad() -> set_grad_enabled:
+def no_grad() -> Setting:
     """Within this block (or decorated function) nothing is recorded in this thread."""
-    return set_grad_enabled(False)
+    return Setting("recording", False)
 
 
-def enable_grad() -> set_grad_enabled:
+def enable_grad() -> Setting:
     """Within this block (or decorated function) operations are recorded, also inside `no_grad`."""
-    return set_grad_enabled(True)
+    return Setting("recording", True)
 
 
 def is_grad_enabled() -> bool:

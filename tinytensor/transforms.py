@@ -68,9 +68,8 @@ def value_and_grad(f: Callable[..., Tensor], argnums: int | Sequence[int] = 0) -
             leaves[i] = _fresh_leaf(args[i])
         with state.enable_grad():
             y = f(*leaves, **kwargs)
-        grads = grad(y, [leaves[i] for i in places], allow_unused=True)
-        filled = tuple(Tensor(np.zeros_like(leaves[i].data)) if g is None else g for i, g in zip(places, grads, strict=True))
-        return y.detach(), filled[0] if isinstance(argnums, int) else filled
+        grads = _pulled(y, [leaves[i] for i in places])
+        return y.detach(), grads[0] if isinstance(argnums, int) else grads
 
     return value_and_gradient
 
@@ -81,13 +80,7 @@ def vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable[[Any]
     with state.enable_grad():
         y = f(*leaves)
 
-    def pullback(v: Any) -> tuple[Tensor, ...]:
-        grads = (
-            grad(y, leaves, grad_outputs=[v], retain_graph=True, allow_unused=True) if y.requires_grad else [None] * len(leaves)
-        )
-        return tuple(Tensor(np.zeros_like(x.data)) if g is None else g for x, g in zip(leaves, grads, strict=True))
-
-    return y.detach(), pullback
+    return y.detach(), lambda v: _pulled(y, leaves, [v], retain_graph=True)
 
 
 def jvp(f: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -112,6 +105,15 @@ def jvp(f: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Any
             return y.detach(), zero
         (result,) = grad([g for g, _ in pairs], [u], grad_outputs=[t for _, t in pairs], allow_unused=True)
     return y.detach(), zero if result is None else result
+
+
+def _pulled(y: Tensor, leaves: list[Tensor], v: Any = None, retain_graph: bool | None = None) -> tuple[Tensor, ...]:
+    """The gradients of leaves, zeros for those that y does not depend on."""
+    if y.requires_grad:
+        grads = grad(y, leaves, v, retain_graph, allow_unused=True)
+    else:
+        grads = (None,) * len(leaves)
+    return tuple(Tensor(np.zeros_like(x.data)) if g is None else g for x, g in zip(leaves, grads, strict=True))
 
 
 def _fresh_leaf(x: Any) -> Tensor:

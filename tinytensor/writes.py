@@ -2,7 +2,7 @@
 
 Nodes and writes are numbered by one counter, so "was this array written after that node saved it?" is a comparison. The log
 knows a write by the memory it touched, not by the tensor it went through: a write through a view, a slice or a detached
-twin is found as well. Nothing is paid per operation; the log is searched only when some write is newer than a node.
+twin is found as well. An operation pays for its number; the log is searched only when some write is newer than a node.
 """
 
 from __future__ import annotations

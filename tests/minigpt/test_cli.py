@@ -113,6 +113,12 @@ def test_a_prompt_comes_from_standard_input(home: Path) -> None:
     assert len(done.stdout) == len("ZOË:\nMy") + 4 + 1
 
 
+def test_two_prompts_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    told = refused(monkeypatch, "generate.py", "--prompt", "ANNA:", "--prompt-file", "verse.txt")
+    assert told == "error: --prompt 'ANNA:' and --prompt-file verse.txt are two prompts; leave out one of them"
+
+
 def test_a_prompt_comes_from_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "prompt.txt").write_text("BERT:\nA naïve cat", encoding="utf-8")
     monkeypatch.chdir(home)

@@ -99,14 +99,22 @@ def test_a_repository_around_an_installed_copy_is_not_its_own(tmp_path: Path, mo
 
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
-    (tmp_path / "facts.py").touch()
-    monkeypatch.setattr(facts, "__file__", str(tmp_path / "facts.py"))
+    for package in ("minigpt", "tinytensor"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "facts.py").touch()
+    monkeypatch.setattr(facts, "__file__", str(tmp_path / "minigpt" / "facts.py"))
+    monkeypatch.setattr(facts, "HOME", tmp_path)
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "Begin")
     assert facts.commit() is None
-    git("add", "facts.py")
+    git("add", ".")
     git("commit", "-q", "-m", "Add facts")
     assert facts.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "README.md").touch()
+    (tmp_path / "tinytensor" / "new.py").touch()
+    assert facts.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "tinytensor" / "facts.py").write_text("changed", encoding="utf-8")
+    assert facts.commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_the_benchmark_says_how_it_was_called(

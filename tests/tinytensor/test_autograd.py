@@ -140,6 +140,11 @@ def test_value_and_grad_of_an_unused_argument_is_zero() -> None:
     assert gx.tolist() == [2, 2] and gy.tolist() == [0, 0, 0]
 
 
+def test_value_and_grad_of_a_constant_is_zero() -> None:
+    value, g = tt.value_and_grad(lambda x: tt.tensor(3.0))(tt.ones(2))
+    assert (value.item(), g.tolist()) == (3, [0, 0])
+
+
 def test_value_and_grad_passes_keywords_and_needs_one_element() -> None:
     value, g = tt.value_and_grad(lambda x, power: (x**power).sum())(tt.tensor([2.0]), power=3)
     assert (value.item(), g.item()) == (8, 12)
@@ -470,7 +475,7 @@ def test_an_exception_restores_the_mode() -> None:
     with pytest.raises(ZeroDivisionError), tt.no_grad():
         1 / 0  # noqa: B018
     assert tt.is_grad_enabled()
-    with tt.set_grad_enabled(False), pytest.raises(ZeroDivisionError), tt.set_grad_enabled(True):
+    with tt.no_grad(), pytest.raises(ZeroDivisionError), tt.enable_grad():
         1 / 0  # noqa: B018
     assert tt.is_grad_enabled()
 

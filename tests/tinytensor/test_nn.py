@@ -72,7 +72,8 @@ def test_modules_by_name_each_once() -> None:
     names = [name for name, _ in net.named_modules()]
     assert names == ["", "wte", "blocks", *(f"blocks.{i}{part}" for i in range(2) for part in ("", ".0", ".1")), "head"]
     assert len(list(net.modules())) == len(names)
-    assert [name for name, _ in net.children()] == ["wte", "blocks", "head", "again"]
+    assert [name for name, _ in net.named_children()] == ["wte", "blocks", "head", "again"]
+    assert list(net.children()) == [net.wte, net.blocks, net.head, net.again]
 
 
 def test_train_and_eval_reach_every_module() -> None:

@@ -43,15 +43,19 @@ class Module:
         finally:
             thread.call = outer
 
-    def children(self) -> Iterator[tuple[str, Module]]:
-        """Direct submodules by name."""
+    def children(self) -> Iterator[Module]:
+        """Direct submodules."""
+        return (module for _, module in self.named_children())
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """(name, module) for direct submodules."""
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Module))
 
     def modules(self) -> Iterator[Module]:
         """This module and all below it, each once."""
         return (module for _, module in self.named_modules())
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
         """(dotted name, module) for this module and all below it, each once."""
         seen: set[int] = set()
 
@@ -59,10 +63,10 @@ class Module:
             if id(module) not in seen:
                 seen.add(id(module))
                 yield path, module
-                for name, child in module.children():
+                for name, child in module.named_children():
                     yield from walk(child, f"{path}.{name}" if path else name)
 
-        return walk(self, prefix)
+        return walk(self, "")
 
     def named_parameters(self, shared: bool = False) -> Iterator[tuple[str, Parameter]]:
         """(dotted name, parameter); a shared parameter once under its first name, or under every name with shared=True."""
@@ -162,7 +166,7 @@ class Module:
         return ""
 
     def __repr__(self) -> str:
-        children = list(self.children())
+        children = list(self.named_children())
         if not children:
             return f"{type(self).__name__}({self.extra_repr()})"
         lines = [f"({name}): " + repr(child).replace("\n", "\n  ") for name, child in children]
@@ -193,7 +197,7 @@ class ModuleList(Module):
         return self
 
     def __iter__(self) -> Iterator[Module]:
-        return (module for _, module in self.children())
+        return self.children()
 
     def __len__(self) -> int:
         return sum(1 for _ in self.children())
