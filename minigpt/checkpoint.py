@@ -158,7 +158,7 @@ def _first_whole(paths: list[Path], folder: Path) -> Checkpoint:
             if i == len(paths):
                 raise
             log.warning("warning: %s; trying %s", error, paths[i].name)
-    raise CheckpointError(f"{folder} holds no checkpoint ({', '.join(KEPT)})")
+    raise CheckpointError(f"{folder} holds no checkpoint ({', '.join(KEPT)}); name the folder of a run")
 
 
 def _step(path: Path) -> int:

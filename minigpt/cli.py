@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,7 @@ from minigpt.model import GPT
 from minigpt.program import command, errors_as_sentences
 from minigpt.run import Stopped, run
 from minigpt.sampling import Sampling, speak
+from minigpt.texts import documents
 
 STOPPED = 75  # exit status of a run that was asked to stop, has saved, and can be resumed (EX_TEMPFAIL of sysexits.h)
 
@@ -94,7 +96,7 @@ def generate() -> None:
         )
     prompt = "\n" if args.prompt is None else sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.prompt_file:
-        prompt = args.prompt_file.read_text("utf-8")
+        prompt = "".join(chain.from_iterable(documents([args.prompt_file])))
     if args.model:
         found = start.model(args.model).cropped()
     else:

@@ -38,7 +38,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     ValueError when something is in `path` already; OSError names it when it cannot be written.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already; remove it, or choose another folder with --out-dir")
+        raise ValueError(f"{path} is there already; choose another folder with --out-dir")
     path, part = path.resolve(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:  # a sentence already, such as that the hub does not answer
             raise
-        raise OSError(f"{path} could not be written ({error})") from None
+        why = error.strerror or error  # that names the unfinished folder
+        raise OSError(f"{path} could not be written ({why}); choose another folder with --out-dir") from None
     finally:
         if part:
             shutil.rmtree(part, ignore_errors=True)

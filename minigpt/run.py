@@ -71,8 +71,8 @@ def _report(trainer: Trainer, profiled: int) -> bool:
     finished = trainer.step >= config.max_steps
     with Tracker(out_dir, config.max_steps, trainer.step) as tracker:
         tracker.header(header(trainer))
-        _warn_of_long_evaluations(trainer, tracker)
         if not finished:
+            _warn_of_long_evaluations(trainer, tracker)
             with _recorded(trainer, tracker), _profiled(trainer, tracker, profiled):
                 finished = trainer.train(tracker)
     title = f"{config.preset}: {trainer.model.config.parameter_count() / 1e6:.1f}M parameters on {trainer.corpus.source}"
@@ -226,6 +226,8 @@ def _check_resumable(out_dir: Path, saved: Checkpoint, config: TrainConfig, corp
         raise CheckpointError(
             f"{out_dir} cannot go on with another model ({', '.join(changed)}); drop those flags or start a new run"
         )
+    if saved.step > config.max_steps:
+        raise CheckpointError(f"{out_dir} is at step {saved.step:,} already; max_steps={config.max_steps:,} must not be less")
     if corpus.sha256 != saved.text_sha256:
         raise CheckpointError(
             f"{out_dir} was trained on another text than {corpus.path} (the hashes differ); name its text with --data"

@@ -131,8 +131,10 @@ def speak(
     drawn: Drawn | None = None,
 ) -> Iterator[str]:
     """Yield the prompt and its continuations piece by piece, ready to print. A continuation stops at an end-of-text token."""
-    if max_tokens < 0 or num_samples < 1:
-        raise ValueError(f"max_tokens={max_tokens} must not be negative and num_samples={num_samples} must be at least 1")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens={max_tokens} must not be negative")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1")
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character")
     ids = tokenizer.encode(prompt)

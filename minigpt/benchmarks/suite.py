@@ -34,7 +34,7 @@ class Report:
     """Collects tables for the terminal, a JSON file and a Markdown document."""
 
     def __init__(self) -> None:
-        self.console = Console()
+        self.console = Console(width=None if sys.stdout.isatty() else 160)
         self.tables: list[dict[str, Any]] = []
 
     def progress(self, text: str) -> None:

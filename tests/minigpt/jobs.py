@@ -33,10 +33,10 @@ FLAGS = SMALL.split()
 PRELUDE = """
 import hashlib, os, signal, sys, time
 from pathlib import Path
-from minigpt import checkpoint, distributed, facts, run, trainer
+from minigpt import checkpoint, distributed, run, trainer
 from minigpt.trainer import Trainer
 
-run.plot, facts.gemm_peak = lambda *_: None, lambda: 1e9  # the curve and the machine's peak, which take longest
+run.plot, run.gemm_peak = lambda *_: None, lambda: 1e9  # the curve and the machine's peak, which take longest
 
 
 def note(trainer, name, text):

@@ -113,6 +113,21 @@ def test_a_prompt_comes_from_standard_input(home: Path) -> None:
     assert len(done.stdout) == len("ZOË:\nMy") + 4 + 1
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("none.txt", "error: cannot read none.txt (No such file or directory): name a UTF-8 text"),
+        ("runs", "error: cannot read runs (Is a directory): name a UTF-8 text"),
+        ("runs/quick/curve.png", "error: runs/quick/curve.png is not UTF-8 (byte 0x89 at offset 0): name a UTF-8 text"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_read_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: str
+) -> None:
+    monkeypatch.chdir(home)
+    assert refused(monkeypatch, "generate.py", "--prompt-file", name) == told
+
+
 def test_two_prompts_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     told = refused(monkeypatch, "generate.py", "--prompt", "ANNA:", "--prompt-file", "verse.txt")
@@ -140,7 +155,7 @@ def test_an_error_is_one_line_on_standard_error(home: Path) -> None:
     [
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt-file", "none.txt"], r"none\.txt"),
-        (["--prompt-file", "bytes.bin"], r"can't decode byte 0xff"),
+        (["--prompt-file", "bytes.bin"], r"bytes\.bin is not UTF-8 \(byte 0xff at offset"),
         (["--run", "none"], r"none holds no checkpoint"),
         (["--run", "verse.txt"], r"verse\.txt cannot be read as a checkpoint"),
         (["--max-tokens=-1"], r"max_tokens=-1 must not be negative"),

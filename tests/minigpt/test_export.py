@@ -65,7 +65,7 @@ def test_nothing_is_overwritten_or_left_half(run: Path, tmp_path: Path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"out is there already; remove it, or choose another folder with --out-dir"):
+    with pytest.raises(ValueError, match=r"out is there already; choose another folder with --out-dir"):
         write_folder(run, out=out)
     with pytest.raises(ValueError, match=r"mine\.txt is there already"):
         write_folder(run, out=out / "mine.txt")

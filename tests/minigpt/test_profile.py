@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from minigpt import facts
 from minigpt import run as run_module
 from minigpt.checkpoint import LAST, load
 from minigpt.run import Stopped, run
@@ -24,7 +23,7 @@ def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_gemm_peak", lambda threads: 1e9)
     monkeypatch.setattr(cost, "copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr(run_module, "plot", lambda *_: None)
-    monkeypatch.setattr(facts, "gemm_peak", lambda: 1e9)
+    monkeypatch.setattr(run_module, "gemm_peak", lambda: 1e9)
 
 
 def trained(folder: Path, **changes: Any) -> Path:

@@ -121,7 +121,7 @@ def test_another_process_maps_the_same_file() -> None:
         (
             "verse.txt",
             {"out_dir": Path("there")},
-            r"there is there already; remove it, or choose another folder with --out-dir",
+            r"there is there already; choose another folder with --out-dir",
         ),
         ("none.txt", {}, r"cannot read none\.txt \(No such file"),
         ("blank.txt", {}, r"blank\.txt holds no text"),

@@ -141,7 +141,8 @@ def test_a_finished_run_that_is_resumed_does_nothing(config: TrainConfig, capsys
     capsys.readouterr()
     assert run(replace(config, resume=True)) == out_dir
     assert f"validation loss {load(out_dir / LAST).val_loss:.4f} in " in capsys.readouterr().out
-    assert run(replace(config, resume=True, max_steps=4)) == out_dir
+    with pytest.raises(CheckpointError, match="tiny is at step 6 already; max_steps=4 must not be less"):
+        run(replace(config, resume=True, max_steps=4))
     assert {p: p.read_bytes() for p in out_dir.rglob("*") if p.is_file()} == before
 
 

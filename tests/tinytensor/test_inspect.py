@@ -149,7 +149,7 @@ def test_the_ledger_of_a_model() -> None:
     assert pieces.by("op")["gelu"] > 0 and "h.1.mlp" in pieces.by("module") and "model.py" in next(iter(pieces.by("line")))
     assert list(pieces.by("op").values()) == sorted(pieces.by("op").values(), reverse=True)
     text = str(pieces)
-    assert f"{pieces.total / 1e6:,.3f} MB held for backward" in text and "h.0.attn" in text
+    assert f"{pieces.total / 1e3:,.3f} kB held for backward" in text and "h.0.attn" in text
     y.backward()
     assert set(ledger(y).by("role")) <= {"ids", "targets"}  # integers, which stay with the graph
 

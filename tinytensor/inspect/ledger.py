@@ -42,11 +42,12 @@ class Ledger:
         return dict(sums.most_common())
 
     def __str__(self) -> str:
-        lines = [f"{self.total / 1e6:,.3f} MB held for backward, in {len(self.pieces)} pieces"]
+        one, unit = (1e6, "MB") if self.total >= 1e6 else (1e3, "kB")
+        lines = [f"{self.total / one:,.3f} {unit} held for backward, in {len(self.pieces)} pieces"]
         for what in ("op", "module", "line"):
             lines += ["", f"by {what}"]
             for name, size in list(self.by(what).items())[:20]:
-                lines.append(f"{size / 1e6:14,.3f} MB {size / (self.total or 1):6.1%}  {name or 'outside of modules'}")
+                lines.append(f"{size / one:14,.3f} {unit} {size / (self.total or 1):6.1%}  {name or 'outside of modules'}")
         return "\n".join(lines)
 
 
