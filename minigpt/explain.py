@@ -28,7 +28,7 @@ class Attention(Observer):
     def __init__(self) -> None:
         self.layers: list[np.ndarray] = []
 
-    def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    def forward(self, op: Any, inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
         if op.name == "causal_attention":
             self.layers.append(attention(*(x.numpy()[0].astype(np.float64) for x in inputs[:2])))
         return run()

@@ -160,7 +160,7 @@ class Node:
                 "freed; pass retain_graph=True to the first"
             )
         if writes.latest > self.serial:
-            self._check_unwritten(values)
+            self.check_unwritten(values, self.params, self.serial)
         if create_graph:
             make = Value.result_type
             nodes = [self, *self.edges]
@@ -199,10 +199,11 @@ class Node:
                 share = share.astype(value.dtype)
             send(edge, share)
 
-    def _check_unwritten(self, values: list[Any], until: float = math.inf) -> None:
-        params = [p for param in self.params.values() for p in (param if isinstance(param, tuple) else (param,))]
-        for value in (*values, *params):
-            if hasattr(value, "strides") and (write := writes.find(value, self.serial, until)):
+    def check_unwritten(self, values: list[Any], params: dict[str, Any], since: int, until: float = math.inf) -> None:
+        """RuntimeError where somebody has written into one of these arrays in the meantime."""
+        flat = [p for param in params.values() for p in (param if isinstance(param, tuple) else (param,))]
+        for value in (*values, *flat):
+            if hasattr(value, "strides") and (write := writes.find(value, since, until)):
                 raise RuntimeError(
                     f"{self} saved an array of shape {value.shape} for its gradient, and "
                     f"{write.origin} wrote into it in place before backward; write into a copy (x.clone()) instead"
@@ -236,7 +237,7 @@ def apply(op: type[Op], *inputs: Any, **params: Any) -> Any:
             if node is not None and recording:
                 wanted |= bit
                 if writes.latest > node.serial and node.op is not None:
-                    _check_current(x, node)
+                    check_current(x, node)
             arrays.append(x.data)
             edges.append(node)
         else:
@@ -293,7 +294,7 @@ def _observed(op: type[Op], inputs: tuple[Any, ...], params: dict[str, Any]) -> 
 
     try:
         for observer in reversed(observers):
-            run = partial(observer.forward, op, inputs, run)
+            run = partial(observer.forward, op, inputs, params, run)
         return run()
     finally:
         thread.observers = observers
@@ -351,7 +352,8 @@ def _common_device(op: type[Op], arrays: list[Any]) -> str:
     return "cuda"
 
 
-def _check_current(x: Value, node: Node | Leaf) -> None:
+def check_current(x: Value, node: Node | Leaf) -> None:
+    """RuntimeError where x, a result, was written behind its node's back."""
     if write := writes.find(x.data, node.serial):
         raise RuntimeError(
             f"a result of shape {x.data.shape} made at {getattr(node, 'origin', 'an unknown line')} was written in place "

@@ -68,6 +68,7 @@ class FlatBuffer:
         for p, view, slot in zip(self.parameters, self.views, self.slots, strict=True):
             if p.data is not view:
                 view[...] = p.data
+                writes.record(view)
                 p.data = view
             leaf = p.node
             present.append(isinstance(leaf, Leaf) and leaf.grad is not None)
@@ -75,6 +76,7 @@ class FlatBuffer:
                 leaf.busy = False  # also where a pass failed half-way
                 if leaf.grad.data is not slot:
                     slot[...] = leaf.grad.data
+                    writes.record(slot)
                     leaf.grad, leaf.slot = Tensor(slot), slot
         return present
 
@@ -150,6 +152,7 @@ class Optimizer:
             for p, slot, present in zip(buffer.parameters, buffer.slots, buffer.gather(), strict=True):
                 if not present and isinstance(p.node, Leaf):
                     slot[...] = 0
+                    writes.record(slot)
                     p.grad = Tensor(slot)
         return [buffer.grad for buffer, _ in self._buffers]
 
@@ -179,6 +182,7 @@ class Optimizer:
             p.grad = None
         for buffer, _ in () if set_to_none else self._buffers:
             buffer.grad[...] = 0
+            writes.record(buffer.grad)
             for p, slot in zip(buffer.parameters, buffer.slots, strict=True):
                 if isinstance(p.node, Leaf):  # it may have been frozen since
                     p.grad, p.node.slot = Tensor(slot), slot

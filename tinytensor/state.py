@@ -14,7 +14,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class _Thread(threading.local):
-    recording = True
+    recording: bool | None = True  # None: not now, but backward will do this again, recorded
     initialises = True
     precision: Precision = "fp32"
     call: Call | None = None
@@ -53,14 +53,19 @@ def enable_grad() -> Setting:
 
 
 def is_grad_enabled() -> bool:
-    return thread.recording
+    return bool(thread.recording)
+
+
+def to_be_replayed() -> Setting:
+    """Within this block nothing is recorded, for backward will do it again, if it would be recorded now."""
+    return Setting("recording", thread.recording and None)
 
 
 class Observer:
     """Looks on while the engine works, in the thread that enters it and those that `parallel` lends it."""
 
-    def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
-        """Called for an op on its inputs; run() computes, and returns the result, a tensor with its node, to return."""
+    def forward(self, op: Any, inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Called for an op on its inputs, with its parameters; run() computes, and returns the result, a tensor, to return."""
         return run()
 
     def backward(self, node: Any, g: Any, run: Callable[[], None]) -> None:

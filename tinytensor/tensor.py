@@ -14,7 +14,7 @@ from tinytensor.backend import dlpack
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
-from tinytensor.state import is_grad_enabled
+from tinytensor.state import thread
 
 
 def _swapped(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -155,7 +155,7 @@ class Tensor(Value):
         return self if self.dtype == backend.as_dtype(dtype) else ops.cast(self, dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self.requires_grad and is_grad_enabled():
+        if self.requires_grad and thread.recording is not False:
             raise TypeError("a tensor that requires gradients does not turn into an array by itself; call detach().numpy()")
         if self.device != "cpu":
             if copy is False:
@@ -241,12 +241,11 @@ class Tensor(Value):
         if self._tracks(other):
             self._rewrite(lambda before: op(before, before if other is self else other))
         else:
-            y = op(self.detach(), other.detach() if isinstance(other, Tensor) else other)
-            self._overwrite(y)
+            self._overwrite(op(self, other))
         return self
 
     def _tracks(self, other: Any) -> bool:
-        return is_grad_enabled() and (self.requires_grad or getattr(other, "requires_grad", False))
+        return thread.recording is not False and (self.requires_grad or getattr(other, "requires_grad", False))
 
     def _overwrite(self, y: Tensor) -> None:
         if y.shape != self.shape or not np.can_cast(y.dtype, self.dtype, "same_kind"):
@@ -265,6 +264,8 @@ class Tensor(Value):
                 f"in-place write at {writes.caller()} to a view of shape {self.shape}, whose base would not learn of its "
                 "gradient; write into the base, or into a clone()"
             )
+        if self.node is not None and writes.latest > self.node.serial:
+            autograd.check_current(self, self.node)
         y = op(Tensor(self.data.copy(), self.node))
         self._overwrite(y)
         retained = self.node is not None and self.node.grad is not None

@@ -12,6 +12,7 @@ import math
 import sys
 import threading
 import weakref
+from collections import deque
 from types import CodeType
 from typing import NamedTuple
 
@@ -62,7 +63,8 @@ class Write(NamedTuple):
 
 
 _log: dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]] = {}  # by the id of the array that has the memory
-_lent: set[int] = set()  # those of _log whose memory is somebody else's
+_lent: set[int] = set()  # those of _log whose memory is somebody else's, and may be read after the array is gone,
+_lost: deque[tuple[int, int, Write]] = deque(maxlen=64)  # and the last writes through such arrays that are
 _log_lock = threading.RLock()
 
 
@@ -87,8 +89,10 @@ def record(array: Array) -> None:
 
 
 def _forget(key: int) -> None:
-    _lent.discard(key)
-    _log.pop(key, None)
+    _, ranges = _log.pop(key, (None, {}))
+    if key in _lent:
+        _lent.discard(key)
+        _lost.extend((low, high, write) for (low, high), write in ranges.items())
 
 
 def _borrowed(root: Array) -> bool:
@@ -105,5 +109,8 @@ def find(array: Array, since: int, until: float = math.inf) -> Write | None:
         # memory that another library owns, or lends us twice, has as many roots as there are ways that led here
         keys = _log.copy() if _borrowed(root) else (id(root), *_lent.copy())  # copies, for the dead are forgotten at any time
         near = [entry[1] for key in keys if (entry := _log.get(key)) is not None]
-        hits = [w for ranges in near for (lo, hi), w in ranges.items() if lo < high and low < hi]
+        places = [(lo, hi, w) for ranges in near for (lo, hi), w in ranges.items()]
+        if until == math.inf:  # `array` is as old as `since`; a younger one may lie where that of a lost write was
+            places += _lost.copy()
+        hits = [w for lo, hi, w in places if lo < high and low < hi]
     return max((w for w in hits if since < w.serial < until), default=None, key=lambda w: w.serial)

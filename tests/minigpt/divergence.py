@@ -46,7 +46,7 @@ class _Ours(Observer):
     def __init__(self) -> None:
         self.made: list[tuple[str, Tensor]] = []
 
-    def forward(self, op: Any, inputs: Any, run: Callable[[], Any]) -> Any:
+    def forward(self, op: Any, inputs: Any, params: Any, run: Callable[[], Any]) -> Any:
         y = run()
         if op.name in OURS.values():
             y.retain_grad()

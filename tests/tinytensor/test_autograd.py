@@ -1345,6 +1345,67 @@ def test_what_is_read_without_a_gradient_may_have_been_written() -> None:
     assert x.grad.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("read", ["weight", "index", "ids", "targets"])
+def test_checkpoint_watches_over_all_that_it_reads(read: str, nested: bool) -> None:
+    x, w, ids = tt.ones(3, 3, requires_grad=True), leaf([2.0, 2.0, 2.0]), tt.tensor([0, 1, 1])
+    f = {
+        "weight": lambda x: (x * w).sum(),
+        "index": lambda x: x[ids].sum(),
+        "ids": lambda x: tt.embedding(x, ids).sum(),
+        "targets": lambda x: tt.cross_entropy(x, ids),
+    }[read]
+    y = tt.checkpoint((lambda x: tt.checkpoint(f, x) * 1) if nested else f, x)
+    with tt.no_grad():
+        (w if read == "weight" else ids).__imul__(2 if read == "weight" else 0)
+    with pytest.raises(RuntimeError, match=r"checkpoint at .* saved an array of shape \(3,\) .* wrote into it in place"):
+        y.backward()
+
+
+@pytest.mark.parametrize("how", ["add", "mul", "set", "return"])
+def test_checkpoint_finds_what_f_only_writes_from(how: str) -> None:
+    w = leaf([3.0, 4.0])
+
+    def f(x: tt.Tensor) -> tt.Tensor:
+        y = x * 1
+        if how == "add":
+            y += w
+        elif how == "mul":
+            y *= w
+        elif how == "set":
+            y[:] = w
+        return w if how == "return" else y
+
+    f(tt.tensor([1.0, 2.0])).sum().backward()
+    expected, w.grad = w.grad.tolist(), None
+    tt.checkpoint(f, tt.tensor([1.0, 2.0])).sum().backward()
+    assert w.grad.tolist() == expected
+
+
+def test_what_checkpoint_returns_of_a_closure_is_a_view_of_it() -> None:
+    x, w = leaf([1.0]), leaf([3.0])
+    with pytest.raises(RuntimeError, match="in-place write"):
+        tt.checkpoint(lambda x: w, x).__iadd__(1)
+    assert w.item() == 3
+
+
+def test_a_result_written_behind_its_back_is_not_written_on() -> None:
+    h = leaf([3.0]) * 2
+    with tt.no_grad():
+        h *= 2
+    with pytest.raises(RuntimeError, match=r"was written in place by .* its gradient is no longer known"):
+        h *= 3
+    assert h.item() == 12
+
+    def into_a_list(hs: list[tt.Tensor]) -> tt.Tensor:
+        hs[0] += 1
+        return hs[0] * hs[0]
+
+    h = leaf([2.0, 3.0]) * 1
+    with pytest.raises(RuntimeError, match=r"written in place|wrote into it"):
+        tt.checkpoint(into_a_list, [h]).sum().backward()
+
+
 def test_checkpoint_keeps_what_it_read_when_a_tensor_is_given_other_data() -> None:
     x = tt.tensor([1.0, 2.0], requires_grad=True)
     h = x * 1

@@ -378,3 +378,21 @@ def test_zeroed_gradients_leave_frozen_parameters_alone() -> None:
     model.weight.requires_grad = False
     optimizer.zero_grad(set_to_none=False)
     assert model.weight.grad is None and model.bias.grad.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["zero_grad", "flat_gradients", "gather"])
+def test_what_an_optimiser_writes_is_known_to_graphs_that_read_it(how: str) -> None:
+    p, w = nn.Parameter(np.ones(2, np.float32)), tt.ones(2, requires_grad=True)
+    optimizer = SGD([p], lr=0.1)
+    (p * p).sum().backward()
+    loss = ((p if how == "gather" else p.grad) * w).sum()
+    if how == "zero_grad":
+        optimizer.zero_grad(set_to_none=False)
+    elif how == "flat_gradients":
+        p.grad = None
+        optimizer.flat_gradients()
+    else:
+        p.data = np.full(2, 50, np.float32)
+        optimizer.flat_gradients()
+    with pytest.raises(RuntimeError, match=r"mul at .* saved an array of shape \(2,\) .* wrote into it in place"):
+        loss.backward()

@@ -352,7 +352,8 @@ def twice(kind: str) -> tuple[tt.Tensor, tt.Tensor]:
 
 @pytest.mark.parametrize("kind", ["torch", "there and back", "array", "buffer", "memoryview"])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_write_is_found_by_whichever_way_it_came(kind: str, swapped: bool) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_write_is_found_by_whichever_way_it_came(kind: str, swapped: bool, gone: bool) -> None:
     a, b = twice(kind)[:: -1 if swapped else 1]
     w = tt.ones(3, requires_grad=True)
     y = (w * a).sum()
@@ -361,8 +362,22 @@ def test_a_write_is_found_by_whichever_way_it_came(kind: str, swapped: bool) -> 
     y.backward(retain_graph=True)
     b *= 7
     assert a.tolist() == [7, 7, 7]
+    if gone:
+        del b
     with pytest.raises(RuntimeError, match=r"mul at .* saved an array of shape \(3,\) .* wrote into it in place"):
         y.backward()
+
+
+def test_memory_that_others_wrote_before_it_was_ours_may_be_read() -> None:
+    """What was written through an array that is gone may since have become another's memory."""
+    x = tt.ones(3, requires_grad=True)
+    for _ in range(200):
+        y = tt.checkpoint(lambda x: (x * 2 * 3).sum(), x)
+        t = tt.from_dlpack(np.ones(3, np.float32))
+        t += 1
+        del t
+        y.backward()
+    assert x.grad.tolist() == [1200] * 3
 
 
 @pytest.mark.parametrize("make", [lambda: tt.as_tensor(bytes(8)), lambda: tt.ones(1).broadcast_to((3,))])

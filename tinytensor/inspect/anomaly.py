@@ -26,7 +26,7 @@ class detect_anomaly(Observer):
         self._given: dict[Any, tuple[Any, bool]] = {}
         self._sent: dict[Any, bool] = {}  # by thread and node: whether all shares that it was sent are finite
 
-    def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    def forward(self, op: Any, inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
         y = run()
         if not _finite(y.data) and all(_finite(x) for x in inputs):
             place = f"{op.name} at {writes.caller()}{within(thread.call)}"

@@ -139,7 +139,7 @@ def _product(name: str, inputs: Sequence[Any], y: Any, params: dict[str, Any], b
     """FLOPs of a product of matrices, or of making one of its gradients (all three of attention's); 0 for other ops."""
     if name in ("matmul", "linear"):
         return 2 * _size(y) * inputs[0].shape[-1]
-    if name == "einsum" and params:
+    if name == "einsum":
         terms, out = params["subscripts"].split("->")
         lengths = {c: n for term, x in zip(terms.split(","), inputs, strict=True) for c, n in zip(term, x.shape, strict=True)}
         return (len(inputs) - (set(lengths) <= set(out))) * math.prod(lengths.values())

@@ -128,7 +128,7 @@ class profile(state.Observer):
         self.wall += now - self._entered
         self.blocks.append((threading.get_ident(), self._entered, now))
 
-    def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    def forward(self, op: Any, inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
         arrays = [x.data if isinstance(x, Value) else x for x in inputs]
         if "cupy" in sys.modules and any(backend.device_of(a) == "cuda" for a in arrays if hasattr(a, "strides")):
             raise RuntimeError(
@@ -138,7 +138,7 @@ class profile(state.Observer):
         def facts(y: Any) -> tuple[Any, ...]:
             node = y.node if isinstance(y.node, Node) and y.node.op is op else None
             kernel = op.name in kernels["cpu"] if node is None else node.vjp is not None
-            kept, params = (None, {}) if node is None else (getattr(node.vjp, "residual", None), node.params)
+            kept = None if node is None else getattr(node.vjp, "residual", None)
             counted = cost.forward(op.name, arrays, y.data, kept, params)
             line = writes.caller() if node is None else node.origin
             return op.name, "kernel" if kernel else "formula", state.thread.call, y.data.shape, line, counted

@@ -90,7 +90,7 @@ class _Trace(Observer):
         self.steps: list[_Step] = []
         self.last = ""  # the last op that took what came of x
 
-    def forward(self, op: Any, inputs: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    def forward(self, op: Any, inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
         text = f"{op.name} at {writes.caller()}{state.within(state.thread.call)}"
         y = run()
         self.steps.append(_Step([i for i in inputs if hasattr(i, "dtype")], y, state.is_grad_enabled(), text))
