@@ -138,8 +138,6 @@ def speak(
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character")
     ids = tokenizer.encode(prompt)
-    if not len(ids):
-        raise ValueError(f"the prompt {prompt!r} is nothing to the model's tokenizer; give another")
     if len(ids) > (block := model.config.block_size):
         log.warning("warning: the prompt has %d tokens; the model sees the last %d", len(ids), block)
     for sample in range(num_samples):

@@ -119,8 +119,8 @@ def _rows(path: Path, column: str, read: Callable[[int], object]) -> Iterator[st
 
 
 def parts(text: str, size: int) -> Iterator[str]:
-    """A text in parts of at most `size` characters, cut where GPT-2's pattern begins a word anyway, if there is such a place:
-    before a space or a line break that a word follows. The parts' tokens are then the text's.
+    """A text in parts of at most `size` characters, cut where the patterns of GPT-2 and of later models begin a word anyway, if
+    there is such a place: at a space or a line break between two words. The parts' tokens are then the text's.
     """
     start = 0
     while len(text) - start > size:
@@ -131,8 +131,8 @@ def parts(text: str, size: int) -> Iterator[str]:
 
 
 def _cut(text: str, low: int, high: int) -> int:
-    """The last place in text[low:high] before a space or a line break that a word follows, 0 where there is none."""
+    """The last place in text[low:high] of a space or a line break, alone, after a letter or digit; 0 where there is none."""
     for end in range(high - 1, low - 1, -1):
-        if text[end] in " \n" and not text[end + 1].isspace():
+        if text[end] in " \n" and text[end - 1].isalnum() and not text[end + 1].isspace():
             return end
     return 0

@@ -19,7 +19,8 @@ from minigpt.texts import parts
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the token that parts documents
 KINDS = ("char", "byte", "bpe")
 BPE_VOCAB_SIZE = 1024
-_CUTS = ("ByteLevel", "Digits", "Punctuation", "Split")  # steps that part a text into words, and may keep all of it
+_FAR = (*range(0x800, 0xD000, 0x1000), 0xD000, 0xE000, 0xF000, *range(0x10000, 0x100000, 0x40000), 0x100000)
+_PROBE = f"A  b\n\n{''.join(map(chr, (*range(0x800), *_FAR)))} A  "  # has every byte of UTF-8, and what normalizers change
 _PART, _GROUP = 1 << 16, 64  # characters that one core encodes at a time, and parts that wait in memory
 
 
@@ -130,17 +131,12 @@ class BPETokenizer:
             self._bpe = package.Tokenizer.from_str(json.dumps(state))
         except Exception as error:  # the package raises nothing more precise
             raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error}") from None
-        before = state.get("pre_tokenizer") or {}
-        steps = before.get("pretokenizers", [before])
-        whole = all(step.get("type") in _CUTS and step.get("behavior") != "Removed" for step in steps)
-        normalizes = (state.get("normalizer") or {"normalizers": []}).get("normalizers") != []
-        joins = (state.get("decoder") or {}).get("type") in ("ByteLevel", "Fuse")
-        if not (whole and joins) or normalizes or any(step.get("add_prefix_space") for step in steps):
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+        if not self._keeps_texts(state["model"]):
             raise ValueError(
                 "not every text comes back from this tokenizer as it was; use one that works on the text's bytes, as GPT-2's"
             )
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = BPE_VOCAB_SIZE) -> Self:
@@ -207,6 +203,19 @@ class BPETokenizer:
     def to_json(self) -> str:
         """The text of tokenizer.json."""
         return self._bpe.to_str()
+
+    def _keeps_texts(self, model: dict[str, Any]) -> bool:
+        """Whether texts come back as they were; a text with characters that have no token may be refused instead."""
+        if model["type"] == "WordLevel":  # of characters: a tokenizer that was exported
+            known = self._bpe.get_vocab()
+            texts, lossy = ["".join(known), "".join(reversed(known))], model["unk_token"] in known
+        else:
+            added = [token.content for token in self._bpe.get_added_tokens_decoder().values()]
+            texts, lossy = [_PROBE, f" {_PROBE}", " a ".join(["", *added, ""])], False
+        try:
+            return not lossy and all(self.decode(self.encode(text)) == text for text in texts)
+        except ValueError:
+            return False
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "tokenizer": json.loads(self.to_json())}

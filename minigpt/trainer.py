@@ -247,8 +247,7 @@ class Trainer:
         try:
             prompt = self.tokenizer.encode("\n")
         except ValueError:  # a text of one line
-            prompt = self.data.val[:0]
-        prompt = prompt if len(prompt) else self.data.val[:1]
+            prompt = self.data.val[:1]
 
         def write() -> list[int]:
             return list(generate(self.model, prompt, self.config.sample_tokens, Sampling(seed=self.config.seed)))

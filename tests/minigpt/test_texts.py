@@ -35,10 +35,10 @@ def test_pieces_make_the_text(tmp_path_factory: pytest.TempPathFactory, text: st
 
 def test_pieces_end_between_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "verse.txt"
-    path.write_text("one two  three\n\nfour five", encoding="utf-8")
-    monkeypatch.setattr(texts, "_PIECE", 7)
+    path.write_text("one two\nthree four! five", encoding="utf-8")
+    monkeypatch.setattr(texts, "_PIECE", 8)
     (document,) = documents([path])
-    assert [piece for piece in document if piece] == ["one", " two ", " three\n", "\nfour", " five"]
+    assert [piece for piece in document if piece] == ["one", " two\nthree", " four! five"]
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])

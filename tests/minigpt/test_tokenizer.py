@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -136,22 +137,43 @@ def test_any_text_comes_back_from_pieces_of_words(pieces: BPETokenizer, text: st
     assert not text or 0 <= ids.min() <= ids.max() < pieces.vocab_size
 
 
+LATER = (  # the pattern of Llama 3's words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def later() -> BPETokenizer:
+    """Pieces of other words, as Llama 3 cuts them."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LATER), "isolated")
+    on_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, on_bytes])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=on_bytes.alphabet(), show_progress=False)
+    bpe.train_from_iterator([verse(), "It was.\n\n one\n" * 99], trainer)
+    return BPETokenizer(bpe.to_str())
+
+
 SPACES = [" ", "  ", "\n", "\n\n", " \n", "\n ", "\t", " \u00a0"]
 
 
 @given(
-    words=st.lists(st.tuples(st.sampled_from(["a", "it's", "naïve", "12", "😀!"]), st.sampled_from(SPACES)), max_size=30),
+    words=st.lists(
+        st.tuples(st.sampled_from(["a", "it's", "naïve", "12", "was.", "😀!"]), st.sampled_from(SPACES)), max_size=30
+    ),
     size=st.integers(16, 40),
 )
 def test_cutting_a_text_where_a_word_begins_leaves_its_tokens(
-    pieces: BPETokenizer, words: list[tuple[str, str]], size: int
+    pieces: BPETokenizer, later: BPETokenizer, words: list[tuple[str, str]], size: int
 ) -> None:
     text = "".join(word + space for word, space in words)
     cuts = list(parts(text, size))
     assert "".join(cuts) == text
     assert all(len(part) <= size for part in cuts)
-    if all(space[-1] in " \n" for _, space in words):  # otherwise there may be no such place
-        assert [i for part in cuts for i in pieces.encode(part)] == pieces.encode(text).tolist()
+    if all(a[-1].isalnum() and b[0].isspace() for a, b in pairwise(cuts)):  # otherwise there was no such place
+        for bpe in (pieces, later):
+            assert [i for part in cuts for i in bpe.encode(part)] == bpe.encode(text).tolist()
 
 
 @given(text=st.text(max_size=60), size=st.integers(1, 20))
@@ -161,12 +183,14 @@ def test_a_text_without_such_a_place_is_cut_anywhere(text: str, size: int) -> No
     assert all(1 <= len(part) <= size for part in cuts) or text == ""
 
 
-def test_a_long_text_has_the_tokens_that_the_package_gives_it_whole(pieces: BPETokenizer) -> None:
-    text = verse(4000)
-    assert len(list(parts(text, tokenizer._PART))) > 1
-    whole = tokenizers.Tokenizer.from_str(pieces.to_json()).encode(text, add_special_tokens=False).ids
-    assert pieces.encode(text).tolist() == whole
-    assert len(whole) < len(text) / 3
+@pytest.mark.parametrize("kind", ["pieces", "later"])
+def test_a_long_text_has_the_tokens_that_the_package_gives_it_whole(kind: str, request: pytest.FixtureRequest) -> None:
+    bpe: BPETokenizer = request.getfixturevalue(kind)
+    for text in (verse(4000), "It was.\n\n one " * 9000, "one\n" * 20_000):
+        assert len(list(parts(text, tokenizer._PART))) > 1
+        whole = tokenizers.Tokenizer.from_str(bpe.to_json()).encode(text, add_special_tokens=False).ids
+        assert bpe.encode(text).tolist() == whole
+        assert len(whole) < len(text)
 
 
 def test_the_end_of_a_text_is_a_token_of_its_own(pieces: BPETokenizer) -> None:
@@ -210,6 +234,17 @@ def test_the_same_text_has_the_same_tokens_also_where_training_dropped_some(piec
     assert again.to_dict() == pieces.to_dict()
 
 
+MASK = {
+    "id": 400,
+    "content": "<mask>",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -220,6 +255,14 @@ def test_the_same_text_has_the_same_tokens_also_where_training_dropped_some(piec
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
         {"decoder": None},
         {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+        {"decoder": {"type": "Fuse"}},
+        {"normalizer": {"type": "NFC"}},
+        {"added_tokens": [MASK | {"lstrip": True}]},
+        {"added_tokens": [MASK | {"content": "é"}]},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "?": 1}, "merges": [], "unk_token": "?", "fuse_unk": True}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}},
+        {"model": {"type": "WordLevel", "vocab": {"a word": 0, "another": 1}, "unk_token": ""}},
     ],
 )
 def test_a_tokenizer_that_changes_texts_is_refused(pieces: BPETokenizer, change: dict[str, object]) -> None:
