@@ -68,9 +68,6 @@ class Checkpoint:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write the file so that a crash or a full disk leaves the old one or the new one, whole."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     moments = {k: v for k, v in checkpoint.optimizer.items() if k not in ("steps", "param_groups")}
     tensors = {f"model.{name}": array for name, array in checkpoint.model.items()}
     for moment, arrays in moments.items():
@@ -87,14 +84,13 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     )
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata={"minigpt": state, "sha256": _seal(state, tensors)})
-        disk.apply_umask(temporary)
+        disk.write_tensors(temporary, tensors, {"minigpt": state, "sha256": _seal(state, tensors)})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if path.name == LAST and path.exists():
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         before = "; the save before it is whole: go on with --resume" if saved_in(path.parent) else ""
         raise OSError(f"{path} could not be written ({error}){before}") from None
     finally:

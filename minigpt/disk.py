@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 
 def write(path: Path, text: str, suffix: str = "tmp") -> None:
@@ -25,10 +27,18 @@ def write(path: Path, text: str, suffix: str = "tmp") -> None:
             part.unlink()
 
 
-def apply_umask(path: Path) -> None:
-    """Give a file or folder the permissions that the user's umask leaves it, where its maker gave none but the user any."""
-    os.umask(umask := os.umask(0))
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, which others may read if they may read the user's other files."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)  # in a file of its own, that nobody else may read
+    except SafetensorError as error:
+        raise OSError(error) from None
+    path.chmod(mode)
 
 
 @contextmanager
@@ -39,11 +49,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is there already; choose another folder with --out-dir")
-    path, part = path.resolve(), None
+    path = path.resolve()
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # nobody else's
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))  # nobody else's
-        apply_umask(part)
+        part.mkdir(parents=True)
         yield part
         if path.exists():
             path.rmdir()  # not every system renames over a folder, even an empty one
@@ -54,5 +63,4 @@ def new_folder(path: Path) -> Iterator[Path]:
         why = error.strerror or error  # that names the unfinished folder
         raise OSError(f"{path} could not be written ({why}); choose another folder with --out-dir") from None
     finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)

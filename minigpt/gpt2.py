@@ -24,6 +24,12 @@ PREFIX = "transformer."  # of every name but the head's, where the head was save
 HEAD = "lm_head.weight"
 
 _SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # where none are given
+_ALSO = {  # transformers' own names of the same
+    "n_positions": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
 _COMPUTED = {  # the settings that change the numbers, with the values that this GPT computes
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -104,9 +110,6 @@ def dump(found: Pretrained, folder: Path) -> None:
 
     A model without biases gets biases of 0, for GPT-2 has some everywhere. OSError where a file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     config, weights, tokenizer, _ = found
     tensors = {}
     for name, shape in _shapes(config).items():
@@ -124,10 +127,9 @@ def dump(found: Pretrained, folder: Path) -> None:
         _write(folder / "tokenizer_config.json", kind | limits)
         (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
     try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
+        disk.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    except OSError as error:
         raise OSError(f"{folder / WEIGHTS} could not be written ({error})") from None
-    disk.apply_umask(folder / WEIGHTS)
 
 
 def _settings(config: GPTConfig) -> dict[str, Any]:
@@ -151,6 +153,9 @@ def _config(source: str) -> GPTConfig:
     values = _read_json(path)
     if values.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type={values.get('model_type')!r} is not 'gpt2'; use a model of GPT-2's kind")
+    for name, other in _ALSO.items():
+        if other in values and values.setdefault(name, values[other]) != values[other]:
+            raise ValueError(f"{path}: {name}={values[name]!r} but {other}={values[other]!r}; remove the wrong one")
     sizes = {name: values.get(name, size) for name, size in _SIZES.items()}
     try:
         config = GPTConfig(block_size=sizes.pop("n_positions"), **sizes, bias=True)

@@ -213,7 +213,7 @@ class Keyboard:
         while True:
             try:
                 return _line(self._ask)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemError):  # the latter from two at once, which `input` cannot bear
                 print()
             except EOFError:
                 print()
@@ -231,6 +231,7 @@ class Keyboard:
 
     def _interrupted(self, *_: Any) -> None:
         if self.reading:
+            self.reading = False  # one is enough for a line
             raise KeyboardInterrupt
         self.session.stop()
 

@@ -84,7 +84,7 @@ def open_tokens(folder: Path) -> TokenFile:
         return TokenFile(ids, tokenizer, int(about["characters"]), about["source"], about["sha256"], folder)
     except CorpusError:
         raise
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise CorpusError(f"{folder} does not hold tokens that can be read ({error!r}): {remedy}") from None
 
 

@@ -219,6 +219,19 @@ def test_what_would_give_other_numbers_is_refused(folder: Path, values: dict[str
         gpt2.load(folder)
 
 
+def test_sizes_may_have_the_names_that_other_models_give_them(theirs: GPT2LMHeadModel, folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    others = {other: values.pop(name) for name, other in gpt2._ALSO.items()}
+    path.write_text(json.dumps(values | others))
+    assert GPT2Config.from_pretrained(folder).to_dict().items() >= {"n_head": 4, "n_embd": 32}.items()
+    np.testing.assert_allclose(ours(GPT.from_pretrained(folder), batch(2, 9)), logits(theirs, batch(2, 9)), rtol=0, atol=1e-4)
+    change(path, n_head=4)
+    gpt2.load(folder)
+    change(path, n_head=2)
+    assert refusal(folder) == f"{path}: n_head=2 but num_attention_heads=4; remove the wrong one"
+
+
 def test_sizes_that_a_configuration_leaves_out_are_gpt2s(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1}')
     assert "has shape (32,) where config.json makes it (768,)" in refusal(folder)

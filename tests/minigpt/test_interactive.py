@@ -316,6 +316,20 @@ def test_a_session_in_a_terminal(home: Path, saved: Checkpoint, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("terminals")
+def test_many_interruptions_at_once_clear_a_line_and_nothing_else(home: Path, tmp_path: Path) -> None:
+    with Terminal(home, "--max-tokens", "0", home=tmp_path) as terminal:
+        terminal.until("> ")
+        for pause in range(400):
+            terminal.type("\x03")
+            time.sleep(pause % 20 * 5e-5)
+        time.sleep(0.5)  # for the last of them to arrive
+        terminal.type("ANNA:\n")
+        terminal.until("ANNA:\nANNA:\n> ")
+        terminal.type("\x04")
+        assert terminal.left() == "\n"
+
+
+@pytest.mark.usefixtures("terminals")
 def test_lines_are_remembered_between_programs_beside_those_of_others(home: Path, tmp_path: Path) -> None:
     path = tmp_path / ".minigpt_history"
     path.write_bytes(b"".join(b"before %d\n" % i for i in range(KEPT + 5)) + b"not text \xff\n")

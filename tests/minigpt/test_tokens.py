@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import pickle
 import signal
@@ -191,6 +192,9 @@ def about(change: Callable[[dict[str, Any]], object]) -> Callable[[], object]:
         (lambda: Path("made/tokens.bin").unlink(), r"made does not hold tokens that can be read"),
         (lambda: Path("made/tokens.json").write_text("{"), r"made does not hold tokens that can be read"),
         (about(lambda values: values.pop("source")), r"made does not hold tokens that can be read \(KeyError\('source'\)\)"),
+        (about(lambda values: values.update(tokenizer=3)), r"made does not hold tokens that can be read \(Attribute"),
+        (about(lambda values: values.update(characters=math.inf)), r"made does not hold tokens that can be read \(Overflow"),
+        (lambda: Path("made/tokens.json").write_text("[" * 99_999), r"made does not hold tokens that can be read \(Recursion"),
         (about(lambda values: values.update(schema=2)), r"made has schema 2, this program reads 1"),
         (about(lambda values: values.update(tokenizer={"kind": "x"})), r"tokenizer kind 'x' is not known"),
     ],
