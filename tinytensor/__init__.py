@@ -26,9 +26,10 @@ from tinytensor.creation import (
 )
 from tinytensor.ops import *  # noqa: F403  (the ops are the library; ops/__init__ lists them)
 from tinytensor.ops import __all__ as _op_names
+from tinytensor.recompute import checkpoint
 from tinytensor.state import enable_grad, is_grad_enabled, no_grad
 from tinytensor.tensor import Tensor
-from tinytensor.transforms import checkpoint, grad, jvp, value_and_grad, vjp
+from tinytensor.transforms import grad, jvp, value_and_grad, vjp
 
 __version__ = "0.2.0"
 

@@ -1,12 +1,23 @@
-"""What the tests of `inspect` share: a small GPT and its loss."""
+"""What these tests share: leaves, what is close, a small GPT and its loss."""
 
 from typing import Any
 
 import numpy as np
+import torch
 
 import tinytensor as tt
 from minigpt.config import GPTConfig
 from minigpt.model import GPT
+
+
+def leaf(values: Any, dtype: str = "float64") -> tt.Tensor:
+    return tt.tensor(values, dtype, requires_grad=True)
+
+
+def close(a: Any, b: Any, rtol: float = 1e-12) -> None:
+    a, b = (x.detach().numpy() if isinstance(x, (tt.Tensor, torch.Tensor)) else np.asarray(x) for x in (a, b))
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol, 1e-14)
 
 
 def gpt(**changes: Any) -> GPT:

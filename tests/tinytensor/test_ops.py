@@ -615,7 +615,7 @@ def test_every_op_has_calls_errors_and_a_docstring(info: OpInfo) -> None:
 
 def op_classes() -> list[type[Op]]:
     """Every op of the library that has a derivative and can be recorded with one device at hand."""
-    elsewhere = (tt.transforms.Checkpoint, ToDevice)
+    elsewhere = (tt.recompute.Checkpoint, ToDevice)
     found, stack = [], [Op]
     while stack:
         for cls in stack.pop().__subclasses__():
