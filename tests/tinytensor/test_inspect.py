@@ -120,7 +120,7 @@ def held_by_arrays(f: Callable[[], tt.Tensor]) -> tuple[tt.Tensor, int]:
 
 X, W, V = leaf(40, 30), leaf(30, 50), leaf(40)
 COMPUTATIONS: dict[str, Callable[[], tt.Tensor]] = {
-    "products": lambda: ((X @ W).tanh() @ W.T).exp().sum(),
+    "products": lambda: ((X @ W).tanh() @ W.T).sigmoid().sum(),
     "views": lambda: (X.exp()[0] * X.reshape(30, 40)[0, :30].sin()).sum(),
     "broadcast": lambda: (X * V.reshape(40, 1)).softmax(-1).log().mean(),
     "indices": lambda: X[np.arange(80) % 7].gelu().sum(),
@@ -308,7 +308,7 @@ def test_an_observer_looks_on_once_and_lets_go() -> None:
     anomalies = detect_anomaly()
     with anomalies, pytest.raises(RuntimeError, match=r"this detect_anomaly\(\) looks on already"), anomalies:
         pass
-    with pytest.raises(FloatingPointError), np.errstate(divide="ignore"), anomalies:
+    with pytest.raises(FloatingPointError), np.errstate(divide="ignore", invalid="ignore"), anomalies:
         leaf(2).log().sqrt().sum().backward() or (leaf(2) * 0).log()
     assert state.thread.observers == () and not anomalies._given
 
@@ -368,7 +368,7 @@ def test_work_lent_to_threads_belongs_to_the_module_that_lends_it() -> None:
 
 def test_infinities_that_were_put_in_are_no_anomaly() -> None:
     x = leaf(4)
-    with detect_anomaly():
+    with np.errstate(invalid="ignore"), detect_anomaly():
         y = tt.where(np.array([True, False, True, True]), x, -np.inf).softmax(-1)
         (y * y).sum().backward()
         (x * tt.tensor([-np.inf, 0.0, 0.0, 1.0])).softmax(-1)[1:].sum().backward()
