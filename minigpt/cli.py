@@ -60,7 +60,7 @@ class Generate:
     """Continue a prompt with a trained model."""
 
     run: Path | None = None
-    """run folder or checkpoint file; by default the newest run below runs/"""
+    """run folder, whose best checkpoint speaks, or checkpoint file; by default the newest run below runs/"""
     model: str | None = None
     """instead of a run, GPT-2's weights as a Hugging Face folder or hub name (gpt2)"""
     prompt: str | None = None
@@ -83,7 +83,7 @@ class Generate:
 @errors_as_sentences()
 def generate() -> None:
     """Write verse with a trained model: `minigpt generate --prompt "ROMEO:" --max-tokens 200`."""
-    args = tyro.cli(Generate)
+    args = tyro.cli(Generate, prog=command("generate"))
     if args.interactive:
         _check_interactive(args)
     if args.explain:
@@ -119,7 +119,7 @@ def generate() -> None:
 class Prepare:
     """Make tokens of texts of any size, once: a folder to train on with --data."""
 
-    data: tyro.conf.Positional[tuple[Path, ...]]
+    data: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")]
     """UTF-8 texts, compressed ones (.gz), tables (.parquet), and folders of them (.txt, .gz, .parquet)"""
     out_dir: Path
     """the folder to make"""
@@ -134,7 +134,7 @@ class Prepare:
 @errors_as_sentences("interrupted; nothing was made")
 def prepare() -> None:
     """Make tokens of texts: `minigpt prepare texts/ --out-dir data/mine --vocab-size 8192`."""
-    args = tyro.cli(Prepare)
+    args = tyro.cli(Prepare, prog=command("prepare"))
     run = Path(args.tokenizer)
     chosen = checkpoint.load_run(run).tokenizer if checkpoint.saved_in(run) else args.tokenizer
     made = tokens.prepare(args.data, args.out_dir, chosen, args.vocab_size, args.column)
@@ -161,7 +161,7 @@ class Export:
 @errors_as_sentences("interrupted; nothing was written")
 def export() -> None:
     """Write a trained model for other programs: `minigpt export runs/quick --to hf`."""
-    args = tyro.cli(Export)
+    args = tyro.cli(Export, prog=command("export"))
     made = write_folder(args.run, args.out_dir)
     print(f"the model, its tokenizer and a card are in {made}")
     print(f"to hear it: {command('generate')} --model {shlex.quote(str(made))}")

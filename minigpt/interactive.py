@@ -131,6 +131,8 @@ class Session:
         if name == "quit":
             raise EOFError
         if name not in NAMES:
+            if value:
+                raise ValueError(f":{name} takes nothing, not {value!r}; :NAME VALUE changes a setting")
             return HELP if name == "help" else f"{self.settings}\n"
         if value:
             self.settings = self.settings.changed(name, value)

@@ -137,6 +137,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(session: Session) -> None:
         ":max -1",
         ":top 3",
         ":warmth 3",
+        ":set temperature 3",
     ) == [
         "temperature=-1.0 must be finite and not negative",
         "temperature takes a number, not 'warm'",
@@ -147,6 +148,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(session: Session) -> None:
         "max_tokens=-1 must not be negative",
         ":top may be top_k or top_p; write more of it",
         f":warmth is none of {names}; a prompt that begins with a colon is written with two",
+        ":settings takes nothing, not 'temperature 3'; :NAME VALUE changes a setting",
     ]
     (message,) = refusals(session, "ANNA: 7")
     assert message.startswith("character '7' (U+0037) at position 6 is not in the model's vocabulary")
