@@ -13,7 +13,6 @@ A vjp is written in array language, so the same line runs on arrays (the fast pa
 from __future__ import annotations
 
 import heapq
-import math
 import sys
 import threading
 import weakref
@@ -199,11 +198,11 @@ class Node:
                 share = share.astype(value.dtype)
             send(edge, share)
 
-    def check_unwritten(self, values: list[Any], params: dict[str, Any], since: int, until: float = math.inf) -> None:
-        """RuntimeError where somebody has written into one of these arrays in the meantime."""
+    def check_unwritten(self, values: list[Any], params: dict[str, Any], since: int, earlier: writes.Log | None = None) -> None:
+        """RuntimeError where somebody has written into one of these arrays in the meantime: see `writes.find`."""
         flat = [p for param in params.values() for p in (param if isinstance(param, tuple) else (param,))]
         for value in (*values, *flat):
-            if hasattr(value, "strides") and (write := writes.find(value, since, until)):
+            if hasattr(value, "strides") and (write := writes.find(value, since, earlier)):
                 raise RuntimeError(
                     f"{self} saved an array of shape {value.shape} for its gradient, and "
                     f"{write.origin} wrote into it in place before backward; write into a copy (x.clone()) instead"

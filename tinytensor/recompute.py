@@ -80,7 +80,8 @@ class _Replay(Node):
         if self.values is None or self.f is None:
             super().pull(g, create_graph, send, wanted)  # raises: freed
             return
-        watch = [_Unwritten(self)] if writes.latest > self.begun else []
+        written = writes.newer(self.begun)  # before f writes again
+        watch = [_Unwritten(self, written)] if written else []
         observers = (*state.thread.observers, *watch)
         # f belongs to the module that called it
         with state.lent((True, self.precision, self.call, observers)), random.noted(self.keys) as keys:
@@ -97,11 +98,11 @@ class _Replay(Node):
 class _Unwritten(state.Observer):
     """Refuses what f reads again although somebody has written there since it was read first."""
 
-    def __init__(self, node: _Replay) -> None:
-        self.node, self.until = node, next(writes.serial)
+    def __init__(self, node: _Replay, written: writes.Log) -> None:
+        self.node, self.written = node, written
 
     def forward(self, op: type[Op], inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
         if state.thread.recording is not False:  # under f's own no_grad it may read anything
             arrays = [x.data if isinstance(x, Value) else x for x in inputs]
-            self.node.check_unwritten(arrays, params, self.node.begun, self.until)
+            self.node.check_unwritten(arrays, params, self.node.begun, self.written)
         return run()

@@ -8,7 +8,6 @@ twin is found as well. An operation pays for its number; the log is searched onl
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 import threading
 import weakref
@@ -62,7 +61,9 @@ class Write(NamedTuple):
     origin: Origin
 
 
-_log: dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]] = {}  # by the id of the array that has the memory
+Log = dict[int, tuple[weakref.ref[Array], dict[tuple[int, int], Write]]]  # by the id of the array that has the memory
+
+_log: Log = {}
 _lent: set[int] = set()  # those of _log whose memory is somebody else's, and may be read after the array is gone,
 _lost: deque[tuple[int, int, Write]] = deque(maxlen=64)  # and the last writes through such arrays that are
 _log_lock = threading.RLock()
@@ -99,18 +100,29 @@ def _borrowed(root: Array) -> bool:
     return root.base is not None
 
 
-def find(array: Array, since: int, until: float = math.inf) -> Write | None:
-    """A write newer than `since`, and older than `until`, to memory that `array` can see, or None."""
+def newer(since: int) -> Log:
+    """The writes newer than `since`, as they are known now: of several to one place, the last."""
+    if latest < since:
+        return {}
+    with _log_lock:
+        known = _log.copy()  # for the dead are forgotten at any time
+        found = {key: (root, {at: w for at, w in ranges.items() if w.serial > since}) for key, (root, ranges) in known.items()}
+    return {key: entry for key, entry in found.items() if entry[1]}
+
+
+def find(array: Array, since: int, earlier: Log | None = None) -> Write | None:
+    """A write newer than `since`, among `earlier` ones where these are given, to memory that `array` can see, or None."""
     if latest < since:
         return None
+    log = _log if earlier is None else earlier
     root = memory_root(array)
     low, high = byte_bounds(array)
     with _log_lock:
         # memory that another library owns, or lends us twice, has as many roots as there are ways that led here
-        keys = _log.copy() if _borrowed(root) else (id(root), *_lent.copy())  # copies, for the dead are forgotten at any time
-        near = [entry[1] for key in keys if (entry := _log.get(key)) is not None]
+        keys = log.copy() if _borrowed(root) else (id(root), *_lent.copy())
+        near = [ranges for owner, ranges in filter(None, map(log.get, keys)) if owner() is not None]
         places = [(lo, hi, w) for ranges in near for (lo, hi), w in ranges.items()]
-        if until == math.inf:  # `array` is as old as `since`; a younger one may lie where that of a lost write was
+        if earlier is None:  # `array` is as old as `since`; a younger one may lie where that of a lost write was
             places += _lost.copy()
         hits = [w for lo, hi, w in places if lo < high and low < hi]
-    return max((w for w in hits if since < w.serial < until), default=None, key=lambda w: w.serial)
+    return max((w for w in hits if w.serial > since), default=None, key=lambda w: w.serial)

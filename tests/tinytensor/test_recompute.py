@@ -250,6 +250,23 @@ def test_checkpoint_watches_over_all_that_it_reads(read: str, nested: bool) -> N
         y.backward()
 
 
+@pytest.mark.parametrize("who", ["f", "user"])
+def test_a_write_is_noticed_also_where_f_writes_there_again_before_it_reads(who: str) -> None:
+    x, w = leaf([1.0, 2.0]), tt.ones(2)
+
+    def f(x: tt.Tensor) -> tt.Tensor:
+        with tt.no_grad():
+            w.__iadd__(1 if who == "f" else 0)
+        return x * w
+
+    y = tt.checkpoint(f, x)
+    if who == "user":
+        w *= 5
+    with pytest.raises(RuntimeError, match=r"checkpoint at .* saved an array of shape \(2,\) .* wrote into it in place"):
+        y.sum().backward()
+    assert x.grad is None
+
+
 @pytest.mark.parametrize("how", ["add", "mul", "set", "return"])
 def test_checkpoint_finds_what_f_only_writes_from(how: str) -> None:
     w = leaf([3.0, 4.0])
