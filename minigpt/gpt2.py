@@ -17,7 +17,7 @@ import numpy as np
 
 from minigpt import disk, hub
 from minigpt.config import GPTConfig
-from minigpt.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from minigpt.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer, from_file
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 PREFIX = "transformer."  # of every name but the head's, where the head was saved too
@@ -268,6 +268,6 @@ def _turned(name: str, array: np.ndarray) -> np.ndarray:
 
 def _tokenizer(source: str) -> Tokenizer | None:
     if path := hub.find(source, TOKENIZER):
-        return BPETokenizer.from_file(path)
+        return from_file(path)
     vocab, merges = hub.find(source, "vocab.json"), hub.find(source, "merges.txt")
     return BPETokenizer.from_vocab(vocab, merges) if vocab and merges else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -19,8 +20,9 @@ from minigpt.texts import parts
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name of the token that parts documents
 KINDS = ("char", "byte", "bpe")
 BPE_VOCAB_SIZE = 1024
+_CUTS = ("ByteLevel", "Digits", "Punctuation", "Split")  # steps that part a text into words, and may keep all of it
 _FAR = (*range(0x800, 0xD000, 0x1000), 0xD000, 0xE000, 0xF000, *range(0x10000, 0x100000, 0x40000), 0x100000)
-_PROBE = f"A  b\n\n{''.join(map(chr, (*range(0x800), *_FAR)))} A  "  # has every byte of UTF-8, and what normalizers change
+_PROBE = f"A  b\n\n{''.join(map(chr, (*range(0x800), *_FAR)))} A  "  # has every byte of UTF-8
 _PART, _GROUP = 1 << 16, 64  # characters that one core encodes at a time, and parts that wait in memory
 
 
@@ -59,6 +61,17 @@ class CharTokenizer:
         if not symbols:
             raise ValueError("the text is empty; name one with characters in it")
         return cls(symbols)
+
+    @classmethod
+    def from_json(cls, tokenizer_json: str) -> Self | None:
+        """The tokenizer that wrote this with `to_json`, if one did."""
+        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            state = json.loads(tokenizer_json)
+            vocab = state["model"]["vocab"]
+            found = cls("".join(sorted(vocab, key=vocab.get)))
+            if json.loads(found.to_json()).items() <= state.items():
+                return found
+        return None
 
     @property
     def vocab_size(self) -> int:
@@ -128,12 +141,11 @@ class BPETokenizer:
         try:
             state = json.loads(tokenizer_json)
             state["model"]["dropout"] = None  # the same text is to have the same tokens
-            self._bpe = package.Tokenizer.from_str(json.dumps(state))
+            whole = _reads_all(state)
+            self._bpe: Any = package.Tokenizer.from_str(json.dumps(state)) if whole else None
         except Exception as error:  # the package raises nothing more precise
-            raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error}") from None
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
-        if not self._keeps_texts(state["model"]):
+            raise ValueError(f"this is not the tokenizer.json of a tokenizer: {error!r}") from None
+        if not whole or not self._returns_all():
             raise ValueError(
                 "not every text comes back from this tokenizer as it was; use one that works on the text's bytes, as GPT-2's"
             )
@@ -152,14 +164,6 @@ class BPETokenizer:
         )
         _interruptibly(lambda: bpe.train_from_iterator((part for text in texts for part in parts(text, _PART)), trainer))
         return cls(bpe.to_str())
-
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        """The tokenizer of a file."""
-        try:
-            return cls(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be used: {error}") from None
 
     @classmethod
     def from_vocab(cls, vocab: Path, merges: Path) -> Self:
@@ -182,18 +186,14 @@ class BPETokenizer:
         return self._bpe.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids; ValueError where the tokenizer, being none of bytes, has no token for something in the text."""
+        """int32 ids; ValueError where the text has no bytes (lone surrogates)."""
         pieces, ids = list(parts(text, _PART)), []
         try:
             for i in range(0, len(pieces), _GROUP):
                 for found in self._bpe.encode_batch_fast(pieces[i : i + _GROUP], add_special_tokens=False):  # on all cores
                     ids.append(np.array(found.ids, np.int32))
         except Exception as error:  # the package raises nothing more precise
-            known, why = self._bpe.get_vocab(), str(error)
-            if type(self._bpe.model).__name__ == "WordLevel":  # a character tokenizer that was exported
-                strange = next(c for c in text if c not in known)
-                why = f"character {strange!r} is not in its vocabulary of {self.vocab_size} symbols"
-            raise ValueError(f"the text cannot be encoded by the model's tokenizer: {why}") from None
+            raise ValueError(f"the text cannot be encoded by the model's tokenizer: {error}") from None
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -204,21 +204,28 @@ class BPETokenizer:
         """The text of tokenizer.json."""
         return self._bpe.to_str()
 
-    def _keeps_texts(self, model: dict[str, Any]) -> bool:
-        """Whether texts come back as they were; a text with characters that have no token may be refused instead."""
-        if model["type"] == "WordLevel":  # of characters: a tokenizer that was exported
-            known = self._bpe.get_vocab()
-            texts, lossy = ["".join(known), "".join(reversed(known))], model["unk_token"] in known
-        else:
-            added = [token.content for token in self._bpe.get_added_tokens_decoder().values()]
-            texts, lossy = [_PROBE, f" {_PROBE}", " a ".join(["", *added, ""])], False
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "tokenizer": json.loads(self.to_json())}
+
+    def _returns_all(self) -> bool:
+        """Whether each byte has a token, and what is around added tokens comes back too."""
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+        added = [token.content for token in self._bpe.get_added_tokens_decoder().values()]
         try:
-            return not lossy and all(self.decode(self.encode(text)) == text for text in texts)
+            return all(self.decode(self.encode(t)) == t for t in (_PROBE, f" {_PROBE}", " a ".join(["", *added, ""])))
         except ValueError:
             return False
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "tokenizer": json.loads(self.to_json())}
+
+def _reads_all(state: dict[str, Any]) -> bool:
+    """Whether the steps of a tokenizer.json before and after its model only part a text into words, and these into bytes."""
+    first = state.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", [first])
+    parts_only = all(step.get("type") in _CUTS and step.get("behavior") != "Removed" for step in steps)
+    normalizes = (state.get("normalizer") or {"normalizers": []}).get("normalizers") != []
+    marks = any(state["model"].get(mark) for mark in ("continuing_subword_prefix", "end_of_word_suffix"))
+    return parts_only and not normalizes and not marks and (state.get("decoder") or {}).get("type") == "ByteLevel"
 
 
 def _interruptibly(work: Callable[[], object]) -> None:
@@ -281,7 +288,16 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int | None = Non
             return BPETokenizer.train(texts, BPE_VOCAB_SIZE if vocab_size is None else vocab_size)
     if (path := hub.find(name, "tokenizer.json")) is None:
         raise ValueError(f"{name} has no tokenizer.json; use {', '.join(KINDS)}, or a model with one")
-    return BPETokenizer.from_file(path)
+    return from_file(path)
+
+
+def from_file(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json."""
+    try:
+        text = path.read_text("utf-8")
+        return CharTokenizer.from_json(text) or BPETokenizer(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def from_dict(state: dict[str, Any]) -> Tokenizer:

@@ -110,10 +110,21 @@ EVERY_BYTE = "".join(chr(c) for c in (*range(0x900), *range(0x900, 0x110000, 911
 @example(text=EVERY_BYTE)
 def test_the_json_of_a_tokenizer_gives_the_same_ids(text: str) -> None:
     for made in (make_tokenizer("char", text), make_tokenizer("byte", text)):
-        read = BPETokenizer(made.to_json())
-        assert read.encode(text).tolist() == made.encode(text).tolist()
-        assert read.decode(made.encode(text)) == text
-        assert (read.vocab_size, read.end_of_text) == (made.vocab_size, None)
+        read = tokenizers.Tokenizer.from_str(made.to_json())
+        assert read.encode(text).ids == made.encode(text).tolist()
+        assert read.decode(made.encode(text).tolist()) == text
+        assert read.get_vocab_size() == made.vocab_size
+
+
+def test_a_file_brings_back_its_tokenizer(tmp_path: Path, pieces: BPETokenizer) -> None:
+    path = tmp_path / "tokenizer.json"
+    for made in (CharTokenizer("cba \n"), ByteTokenizer(), pieces):
+        path.write_text(made.to_json(), "utf-8")
+        read = tokenizer.from_file(path)
+        assert (type(read) is type(made)) is (made.kind != "byte")  # bytes are pieces that are not joined
+        assert (read.vocab_size, read.end_of_text) == (made.vocab_size, made.end_of_text)
+        assert read.encode("a cab\n").tolist() == made.encode("a cab\n").tolist()
+        assert read.decode(read.encode("a cab\n")) == "a cab\n"
 
 
 def test_unknown_kinds_are_refused() -> None:
@@ -212,12 +223,22 @@ def test_a_vocabulary_must_hold_the_bytes(size: int) -> None:
         BPETokenizer.train(["text"], size)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]"])
+def test_a_file_of_gpt2s_time_is_read(pieces: BPETokenizer) -> None:
+    """Its model has no type, empty strings where there is nothing, and each pair in one string."""
+    state = json.loads(pieces.to_json())
+    model = state["model"]
+    del model["type"]
+    model |= {"unk_token": "", "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    assert BPETokenizer(json.dumps(state)).encode(verse()).tolist() == pieces.encode(verse()).tolist()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[1]", b'{"model": 1}', b'{"model": []}', b"[" * 99_999])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: "):
-        BPETokenizer.from_file(path)
+        tokenizer.from_file(path)
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,13 +282,36 @@ MASK = {
         {"added_tokens": [MASK | {"content": "é"}]},
         {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
         {"model": {"type": "BPE", "vocab": {"a": 0, "?": 1}, "merges": [], "unk_token": "?", "fuse_unk": True}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "continuing_subword_prefix": "##"}},
         {"model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}},
-        {"model": {"type": "WordLevel", "vocab": {"a word": 0, "another": 1}, "unk_token": ""}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "…"}, "content": "..."}},
+        {"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "Fuse"}]}},
+        {"pre_tokenizer": None},
     ],
 )
-def test_a_tokenizer_that_changes_texts_is_refused(pieces: BPETokenizer, change: dict[str, object]) -> None:
+def test_a_tokenizer_that_may_change_texts_is_refused(pieces: BPETokenizer, change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not every text comes back from this tokenizer as it was"):
         BPETokenizer(json.dumps(json.loads(pieces.to_json()) | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"decoder": None},
+        {"added_tokens": [MASK]},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "word": 1}, "unk_token": ""}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2}, "unk_token": ""}},
+        {"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}},
+    ],
+)
+def test_characters_that_may_not_come_back_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(CharTokenizer("ab").to_json()) | change), "utf-8")
+    with pytest.raises(ValueError, match="not every text comes back from this tokenizer as it was"):
+        tokenizer.from_file(path)
 
 
 def test_a_tokenizer_may_cut_texts_as_it_likes(pieces: BPETokenizer) -> None:
