@@ -191,7 +191,10 @@ def _places(source: str) -> dict[str, _Place]:
             f"{source} has neither {WEIGHTS} nor {INDEX}, and other formats are not read, for they can hold programs; "
             "save the model with transformers: save_pretrained(folder)"
         )
-    return {name.removeprefix(PREFIX): place for name, place in found.items()}
+    named = {name.removeprefix(PREFIX): place for name, place in found.items()}
+    if twice := [name for name in named if name in found and PREFIX + name in found]:
+        raise ValueError(f"{source} has both {twice[0]} and {PREFIX}{twice[0]}; remove the wrong one")
+    return named
 
 
 def _shards(source: str, index: Path) -> dict[str, _Place]:

@@ -64,12 +64,13 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, tokenizer_json: str) -> Self | None:
-        """The tokenizer that wrote this with `to_json`, if one did."""
+        """The tokenizer whose `to_json` this is, also after transformers has saved it; None where it is none's."""
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             state = json.loads(tokenizer_json)
             vocab = state["model"]["vocab"]
             found = cls("".join(sorted(vocab, key=vocab.get)))
-            if json.loads(found.to_json()).items() <= state.items():
+            own = json.loads(found.to_json())
+            if all(state[step] == own[step] for step in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")):
                 return found
         return None
 

@@ -176,8 +176,9 @@ def test_the_flag_writes_a_page_and_changes_no_word(
     args = ["generate.py", "--run", run, "--prompt", "</HEAD><!", "--max-tokens", 14, "--temperature", 3]
     call(monkeypatch, *args)
     printed = capsys.readouterr()
-    call(monkeypatch, *args, "--explain", page)
-    assert capsys.readouterr() == printed
+    for _ in range(2):  # a page takes the place of a page
+        call(monkeypatch, *args, "--explain", page)
+        assert capsys.readouterr() == printed
     text = page.read_text("utf-8")
     data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[0])
     assert "".join(data["symbols"][t] for t in data["tokens"]).replace("‹2028›", "\u2028") + "\n" == printed.out
@@ -206,6 +207,14 @@ def test_what_cannot_be_explained_is_refused_before_a_word_is_said(
     assert re.match(f"error: {message}", told)
     assert capsys.readouterr().out == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_takes_the_place_of_no_other_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run / "last.safetensors"
+    before = path.read_bytes()
+    told = refused(monkeypatch, "generate.py", "--run", run, "--explain", path)
+    assert told == f"error: --explain {path} is there already, and no page; name another file"
+    assert path.read_bytes() == before
 
 
 SAYS = "document.getElementById('%s').textContent"

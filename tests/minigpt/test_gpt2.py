@@ -243,6 +243,7 @@ def test_sizes_that_a_configuration_leaves_out_are_gpt2s(folder: Path) -> None:
         (lambda t: {k: v for k, v in t.items() if "h.1.ln_2" not in k}, "missing h.1.ln_2.weight (32,); missing h.1.ln_2.bias"),
         (lambda t: t | {"transformer.wpe.weight": torch.ones(17, 32)}, "wpe.weight has shape (17, 32) where config.json makes"),
         (lambda t: t | {"score.weight": torch.ones(2, 32)}, "unexpected score.weight (2, 32)"),
+        (lambda t: t | {"wpe.weight": torch.ones(16, 32)}, "both wpe.weight and transformer.wpe.weight; remove the wrong one"),
         (lambda t: t | {"transformer.h.2.ln_1.bias": torch.ones(32)}, "unexpected h.2.ln_1.bias (32,)"),
         (lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)}, "h.0.attn.c_attn.weight has shape (96, 32)"),
         (

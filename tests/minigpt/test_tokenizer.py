@@ -118,8 +118,9 @@ def test_the_json_of_a_tokenizer_gives_the_same_ids(text: str) -> None:
 
 def test_a_file_brings_back_its_tokenizer(tmp_path: Path, pieces: BPETokenizer) -> None:
     path = tmp_path / "tokenizer.json"
+    saved = {"truncation": None, "post_processor": {"type": "Sequence", "processors": []}}  # by transformers
     for made in (CharTokenizer("cba \n"), ByteTokenizer(), pieces):
-        path.write_text(made.to_json(), "utf-8")
+        path.write_text(json.dumps(json.loads(made.to_json()) | saved), "utf-8")
         read = tokenizer.from_file(path)
         assert (type(read) is type(made)) is (made.kind != "byte")  # bytes are pieces that are not joined
         assert (read.vocab_size, read.end_of_text) == (made.vocab_size, made.end_of_text)
