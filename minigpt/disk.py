@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -28,7 +29,7 @@ def write(path: Path, text: str, suffix: str = "tmp") -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, which others may read if they may read the user's other files."""
+    """Write a safetensors file, which others may read if they may read the user's other files. OSError says why it cannot."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -37,7 +38,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     try:
         save_file(tensors, path, metadata=metadata)  # in a file of its own, that nobody else may read
     except SafetensorError as error:
-        raise OSError(error) from None
+        raise OSError(errno.EIO, str(error)) from None
     path.chmod(mode)
 
 

@@ -52,14 +52,15 @@ def write_folder(run: Path, out: Path | None = None) -> Path:
     it already.
     """
     home = run.parent if run.is_file() else run
+    out = out or home / "hf"
     curve = home / folder.CURVE
     saved = checkpoint.load_run(run)
-    with disk.new_folder(out or home / "hf") as made:
+    with disk.new_folder(out) as made:
         gpt2.dump(saved.pretrained(), made)
         if curve.is_file():
             shutil.copyfile(curve, made / folder.CURVE)
         (made / CARD).write_text(card(saved, folder.read_record(home), curve.is_file()), encoding="utf-8")
-    return out or home / "hf"
+    return out
 
 
 def card(saved: Checkpoint, record: dict[str, Any], curve: bool) -> str:

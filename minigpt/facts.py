@@ -60,7 +60,7 @@ def gpu() -> str | None:
 
 def commit() -> str | None:
     """The git commit of this code, "+" after it where files were changed since; None outside a checkout."""
-    here = Path(__file__).relative_to(HOME)
+    here = Path(__file__).resolve().relative_to(HOME)
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]

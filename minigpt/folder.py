@@ -14,6 +14,7 @@ from typing import Any
 from minigpt import checkpoint, disk
 from minigpt.checkpoint import CheckpointError
 from minigpt.config import TrainConfig
+from minigpt.program import command
 
 RUNS = Path("runs")
 RECORD, LOCK, METRICS, CURVE, SAMPLES = "run.json", "run.lock", "metrics.jsonl", "curve.png", "samples"
@@ -39,8 +40,18 @@ def to_resume(config: TrainConfig) -> Path:
         if not checkpoint.saved_in(config.out_dir):
             raise CheckpointError(f"{config.out_dir} holds no checkpoint to resume; leave out --resume to start a run there")
         return config.out_dir
-    own = re.compile(re.escape(config.preset) + r"(-\d+)?")
-    return checkpoint.newest_run(RUNS, lambda name: own.fullmatch(name) is not None, f"run of preset {config.preset}")
+    return newest(config.preset)
+
+
+def newest(preset: str | None = None, root: Path = RUNS) -> Path:
+    """The run folder below `root`, of this preset's or of all, whose checkpoint was written last."""
+    own = re.compile(".*" if preset is None else re.escape(preset) + r"(-\d+)?")
+    runs = [folder for folder in root.glob("*") if own.fullmatch(folder.name) and checkpoint.saved_in(folder)]
+    if not runs:
+        what = "run" if preset is None else f"run of preset {preset}"
+        train = f"{command('train')} {preset or 'quick'}"
+        raise CheckpointError(f"no {what} with a checkpoint below {root}/; train one with: {train}")
+    return max(runs, key=lambda folder: checkpoint.saved_in(folder)[0].stat().st_mtime)
 
 
 @contextmanager

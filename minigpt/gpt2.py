@@ -126,10 +126,7 @@ def dump(found: Pretrained, folder: Path) -> None:
         limits = {"model_max_length": config.block_size, "bos_token": symbol, "eos_token": symbol}
         _write(folder / "tokenizer_config.json", kind | limits)
         (folder / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-    try:
-        disk.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    except OSError as error:
-        raise OSError(f"{folder / WEIGHTS} could not be written ({error})") from None
+    disk.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def _settings(config: GPTConfig) -> dict[str, Any]:
@@ -181,8 +178,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _places(source: str) -> dict[str, _Place]:
     """Every tensor of the model's file or shards, under GPT-2's name without the prefix."""
-    whole, index = hub.find(source, WEIGHTS), None
-    if whole:
+    if whole := hub.find(source, WEIGHTS):
         found = _header(whole)
     elif index := hub.find(source, INDEX):
         found = _shards(source, index)

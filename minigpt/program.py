@@ -21,8 +21,12 @@ def command(verb: str) -> str:
 
 def missing(package: str, extra: str, error: object) -> str:
     """What to do about a package that is not there, after "… needs "."""
-    this = f'-e ".[{extra}]"' if (HOME / "setup.cfg").exists() else f'"minigpt-shakespeare[{extra}]"'
-    return f"the package {package} ({error}); pip install {this}"
+    return f"the package {package} ({error}); {install(extra)}"
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f'pip install -e ".[{extra}]"' if (HOME / "setup.cfg").exists() else f'pip install "minigpt-shakespeare[{extra}]"'
 
 
 def child(*arguments: str) -> dict[str, Any]:

@@ -29,13 +29,13 @@ def weights(config: TrainConfig, corpus: Text) -> tuple[TrainConfig, Pretrained 
     """The weights that `init_from` names, if it names any, and the settings with the shape of their model."""
     if config.init_from is None:
         return config, None
-    found = model(config.init_from)
+    found, usual = model(config.init_from), PRESETS.get(config.preset, TrainConfig())
     for name in _SHAPE:
         asked, has = getattr(config, name), getattr(found.config, name)
-        if asked not in (has, getattr(PRESETS[config.preset], name)):
+        if asked not in (has, getattr(usual, name)):
             raise ValueError(f"{name}={asked} does not fit the weights of {config.init_from}, which have {has}; leave it out")
     most = found.config.block_size
-    if config.block_size > most and config.block_size != PRESETS[config.preset].block_size:
+    if config.block_size > most and config.block_size != usual.block_size:
         raise ValueError(f"block_size={config.block_size} is more than the {most} positions of {config.init_from}; use {most}")
     config = replace(config, block_size=min(config.block_size, most))
     for name, array in found.weights.items():
@@ -44,7 +44,8 @@ def weights(config: TrainConfig, corpus: Text) -> tuple[TrainConfig, Pretrained 
     fitting = _with_tokenizer(found, config, corpus).cropped()
     positions = {"wpe.weight": fitting.weights["wpe.weight"][: config.block_size]}
     shaped = replace(config, **{name: getattr(found.config, name) for name in _SHAPE})
-    return shaped, fitting._replace(weights=fitting.weights | positions)
+    shorter = replace(fitting.config, block_size=config.block_size)
+    return shaped, fitting._replace(config=shorter, weights=fitting.weights | positions)
 
 
 def model(source: str) -> Pretrained:

@@ -109,8 +109,8 @@ def prepare(
         if isinstance(tokenizer, str):
             tokenizer = make_tokenizer(tokenizer, _stream(reading("reading for the tokenizer"), "\n"), vocab_size)
         with open(made / TOKENS, "wb") as file:
-            about = _write(file, tokenizer, reading("encoding"))
-        if not about["characters"]:
+            about, blank = _write(file, tokenizer, reading("encoding"))
+        if blank:
             raise CorpusError(f"{_names(paths)} holds no text: name UTF-8 texts")
         source = KNOWN_TEXTS.get(about["sha256"], _names(paths))
         about |= {"schema": SCHEMA, "source": source, "tokenizer": tokenizer.to_dict()}
@@ -133,8 +133,8 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
-    """Write the ids of documents; what is to be known of them."""
+def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> tuple[dict[str, Any], bool]:
+    """Write the ids of documents; what is to be known of them, and whether they hold nothing but space."""
     end, dtype = tokenizer.end_of_text, _dtype(tokenizer)
 
     def encode(piece: str | None) -> np.ndarray:
@@ -151,7 +151,7 @@ def _write(file: IO[bytes], tokenizer: Tokenizer, documents: Documents) -> dict[
                 digest.update(text.encode())
                 characters, blank = characters + len(text), blank and not text.strip()
     digests = {"sha256": digest.hexdigest(), "tokens_sha256": ids_digest.hexdigest()}
-    return {"characters": 0 if blank else characters, **digests}
+    return {"characters": characters, **digests}, blank
 
 
 @contextmanager

@@ -104,7 +104,7 @@ class Leaf:
     """The place in the graph of a tensor that the user made: where its gradient arrives and stays."""
 
     __slots__ = ("busy", "grad", "hooks", "owner", "serial", "slot")
-    op = None
+    op, edges, opaque = None, (), False
 
     def __init__(self, owner: Value | None = None) -> None:
         self.owner = None if owner is None else weakref.ref(owner)  # whose place this is, for those who look inside
@@ -122,6 +122,7 @@ class Node:
     """One recorded operation: where its inputs came from and what its derivative needs. Holds no tensor."""
 
     __slots__ = ("call", "code", "edges", "grad", "hooks", "instruction", "op", "params", "serial", "values", "vjp")
+    opaque = False  # whether gradients may go elsewhere than to its edges
 
     def __init__(self, op: type[Op], params: dict[str, Any], edges: list[Any], values: list[Any], vjp: Any) -> None:
         self.op = op
@@ -452,15 +453,15 @@ def _ways_to(wanted: set[Any], roots: list[Any]) -> set[Any] | None:
     """The nodes between `roots` and `wanted`; None, for all, where a replayed function may lead anywhere."""
     seen, stack = set(roots), list(roots)
     while stack:
-        for edge in getattr(stack.pop(), "edges", ()):
+        for edge in stack.pop().edges:
             if edge is not None and edge not in seen:
                 seen.add(edge)
                 stack.append(edge)
-    if any(getattr(node, "opaque", False) for node in seen):
+    if any(node.opaque for node in seen):
         return None
     ways = set(wanted)
     for node in sorted(seen, key=lambda n: n.serial):  # inputs come before what was made of them
-        if any(edge in ways for edge in getattr(node, "edges", ())):
+        if any(edge in ways for edge in node.edges):
             ways.add(node)
     return ways
 

@@ -45,7 +45,7 @@ class _Reads(state.Observer):
     wanted = False
 
     def forward(self, op: type[Op], inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
-        if state.thread.recording is not False:
+        if state.is_differentiated():
             self.wanted |= any(isinstance(x, Value) and x.node is not None for x in inputs)
         return run()
 
@@ -53,12 +53,7 @@ class _Reads(state.Observer):
 class Checkpoint(Op):
     """y = f(x₁, x₂, …), keeping only the inputs;  backward runs f again, this time recorded"""
 
-    saves = "*"
-
-    def forward(xp, *inputs):
-        raise NotImplementedError
-
-    def vjp(g, y, *inputs):
+    def vjp(g, y, *inputs):  # for those who look inside: `_Replay.pull` stands in its place
         raise NotImplementedError
 
 
@@ -102,7 +97,7 @@ class _Unwritten(state.Observer):
         self.node, self.written = node, written
 
     def forward(self, op: type[Op], inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
-        if state.thread.recording is not False:  # under f's own no_grad it may read anything
+        if state.is_differentiated():  # under f's own no_grad it may read anything
             arrays = [x.data if isinstance(x, Value) else x for x in inputs]
             self.node.check_unwritten(arrays, params, self.node.begun, self.written)
         return run()

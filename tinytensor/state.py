@@ -56,6 +56,11 @@ def is_grad_enabled() -> bool:
     return bool(thread.recording)
 
 
+def is_differentiated() -> bool:
+    """Whether gradients will flow here: it is recorded now, or when backward does it again."""
+    return thread.recording is not False
+
+
 def to_be_replayed() -> Setting:
     """Within this block nothing is recorded, for backward will do it again, if it would be recorded now."""
     return Setting("recording", thread.recording and None)

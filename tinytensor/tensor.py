@@ -14,7 +14,7 @@ from tinytensor.backend import dlpack
 from tinytensor.dispatch import FUNCTIONS, REDUCTIONS, untracked
 from tinytensor.ops.elementwise import to_device
 from tinytensor.ops.index import plain_index, written
-from tinytensor.state import thread
+from tinytensor.state import is_differentiated
 
 
 def _swapped(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -155,7 +155,7 @@ class Tensor(Value):
         return self if self.dtype == backend.as_dtype(dtype) else ops.cast(self, dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if self.requires_grad and thread.recording is not False:
+        if self.requires_grad and is_differentiated():
             raise TypeError("a tensor that requires gradients does not turn into an array by itself; call detach().numpy()")
         if self.device != "cpu":
             if copy is False:
@@ -245,7 +245,7 @@ class Tensor(Value):
         return self
 
     def _tracks(self, other: Any) -> bool:
-        return thread.recording is not False and (self.requires_grad or getattr(other, "requires_grad", False))
+        return is_differentiated() and (self.requires_grad or getattr(other, "requires_grad", False))
 
     def _overwrite(self, y: Tensor) -> None:
         if y.shape != self.shape or not np.can_cast(y.dtype, self.dtype, "same_kind"):

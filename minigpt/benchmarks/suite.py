@@ -24,7 +24,7 @@ from minigpt import facts
 from minigpt.benchmarks.fused import SHAPES
 from minigpt.benchmarks.harness import Peer, Result, compare, ratios
 from minigpt.config import PRESETS
-from minigpt.program import child, command
+from minigpt.program import child, command, install
 
 MODELS = {name: vars(PRESETS[name].model(65)) for name in ("nanogpt-cpu", "shakespeare")}
 CHOSEN = {"OPENBLAS_CORETYPE": ""}  # an empty value lets OpenBLAS choose, as if the variable were not there
@@ -233,7 +233,7 @@ def ranks(report: Report, rounds: int) -> None:
     """The `shakespeare` model on 1, 2 and 4 MPI ranks of this machine: one batch shared, and one that grows with them."""
     launcher = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if launcher is None:
-        report.console.print("ranks: no mpiexec found; pip install -e '.[mpi]'")
+        report.console.print(f"ranks: no mpiexec found; {install('mpi')}", markup=False)
         return
     contenders = [  # name, ranks, threads of each, sequences of the step
         ("1 rank of 2 threads", 1, 2, 16),

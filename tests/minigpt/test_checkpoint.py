@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from minigpt import checkpoint
-from minigpt.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, load, load_run, newest_run
+from minigpt.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, load, load_run
+from minigpt.folder import newest
 from minigpt.trainer import Trainer
 from tests.minigpt.small import refusal, trainer
 
@@ -246,13 +247,13 @@ def test_the_newest_run_is_the_one_saved_last(tmp_path: Path) -> None:
         os.utime(tmp_path / name / LAST, (1e9 - age, 1e9 - age))
     (tmp_path / "z").mkdir()  # made last, but nothing was ever saved in it
     (tmp_path / LAST).touch()
-    assert newest_run(tmp_path) == tmp_path / "b"
+    assert newest(root=tmp_path) == tmp_path / "b"
     os.utime(tmp_path / "a" / LAST, (2e9, 2e9))
-    assert newest_run(tmp_path) == tmp_path / "a"
+    assert newest(root=tmp_path) == tmp_path / "a"
 
 
 def test_without_runs_the_message_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no run with a checkpoint below .*/; train one with: python scripts/train\.py"):
-        newest_run(tmp_path)
+        newest(root=tmp_path)
     with pytest.raises(CheckpointError, match="no run with a checkpoint"):
-        newest_run(tmp_path / "none")
+        newest(root=tmp_path / "none")

@@ -154,8 +154,6 @@ def test_an_error_is_one_line_on_standard_error(home: Path) -> None:
     ("args", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt-file", "none.txt"], r"none\.txt"),
-        (["--prompt-file", "bytes.bin"], r"bytes\.bin is not UTF-8 \(byte 0xff at offset"),
         (["--run", "none"], r"none holds no checkpoint"),
         (["--run", "verse.txt"], r"verse\.txt cannot be read as a checkpoint"),
         (["--max-tokens=-1"], r"max_tokens=-1 must not be negative"),
@@ -164,7 +162,6 @@ def test_an_error_is_one_line_on_standard_error(home: Path) -> None:
 )
 def test_generating_refuses_in_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str) -> None:
     monkeypatch.chdir(home)
-    Path("bytes.bin").write_bytes(b"\xff\xfe")
     assert re.match(f"error: .*{message}", refused(monkeypatch, "generate.py", *args))
 
 

@@ -115,6 +115,11 @@ def test_a_repository_around_an_installed_copy_is_not_its_own(tmp_path: Path, mo
     assert facts.commit() == git("rev-parse", "HEAD")
     (tmp_path / "tinytensor" / "facts.py").write_text("changed", encoding="utf-8")
     assert facts.commit() == git("rev-parse", "HEAD") + "+"
+    link = tmp_path.with_name("link")
+    link.symlink_to(tmp_path)
+    monkeypatch.setattr(facts, "__file__", str(link / "minigpt" / "facts.py"))
+    monkeypatch.setattr(facts, "HOME", tmp_path.resolve())
+    assert facts.commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_the_benchmark_says_how_it_was_called(
@@ -126,6 +131,7 @@ def test_the_benchmark_says_how_it_was_called(
     assert told(monkeypatch, capsys, "benchmark", *flags)[0] == 0
     report = json.loads(Path("my times.json").read_text())
     assert report["command"] == "minigpt benchmark imports --rounds 1 --json 'my times.json'"
-    assert [row[0] for row in report["tables"][0]["rows"]] == ["import numpy", "import numpy, tinytensor", "difference"]
+    rows = ["import numpy", "import numpy, tinytensor", "median difference of the pairs"]
+    assert [row[0] for row in report["tables"][0]["rows"]] == rows
     call(monkeypatch, "benchmark.py", *flags, "--markdown", "times.md")
     assert Path("times.md").read_text().startswith("`python scripts/benchmark.py imports --rounds 1")

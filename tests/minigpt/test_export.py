@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinytensor as tt
@@ -81,6 +83,13 @@ def test_nothing_is_overwritten_or_left_half(run: Path, tmp_path: Path, monkeypa
         with pytest.raises(type(error)):
             write_folder(run)
         assert (names(run), names(out)) == (before, ["mine.txt"])
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match=r"new could not be written \(No space left .*\); choose another folder with --out-dir"):
+        write_folder(run, out=tmp_path / "new")
 
 
 def test_the_card_says_what_is_known(run: Path) -> None:

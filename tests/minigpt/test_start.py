@@ -11,6 +11,7 @@ from minigpt import GPT, GPTConfig, gpt2, start
 from minigpt.checkpoint import BEST, LAST, load
 from minigpt.config import TrainConfig
 from minigpt.corpus import read_text
+from minigpt.export import write_folder
 from minigpt.run import run
 from minigpt.tokenizer import BPETokenizer
 from minigpt.tokens import prepare
@@ -67,6 +68,17 @@ def test_it_trains_and_goes_on_bit_for_bit_without_the_weights_it_began_with(
     Path("model").rename("elsewhere")
     assert record(run(replace(settings, out_dir=Path("run"), resume=True))) == whole
     assert whole["metrics"][-1]["val_loss"] < whole["metrics"][2]["val_loss"]
+
+
+def test_an_exported_run_goes_on_with_prepared_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("verse.txt").write_text(verse(), encoding="utf-8")
+    out = write_folder(run(replace(TINY, data=Path("verse.txt"))))
+    made = prepare([Path("verse.txt")], Path("tokens"), "char")
+    settings, found = start.weights(replace(TINY, data=Path("tokens"), init_from=str(out), preset="mine"), made)
+    assert found is not None and found.tokenizer is not None
+    assert made.tokens(settings, found.tokenizer)[0].to_dict() == found.tokenizer.to_dict()
+    assert (found.config.block_size, found.tokenizer.kind) == (settings.block_size, "char")
 
 
 def test_a_run_may_begin_where_another_ended(model: GPT) -> None:

@@ -241,6 +241,12 @@ def test_why_with_a_loss() -> None:
     assert why_no_grad(x, checkpointed) == "x has a gradient"
 
 
+def test_why_after_a_checkpoint() -> None:
+    x = leaf(3)
+    told = why_no_grad(x, lambda: tt.checkpoint(lambda x: x * 2, x).detach().sum())
+    assert re.match(r"sum at .*:\d+ took what came of x without its gradient, through detach", told)
+
+
 def test_why_within_a_model_names_the_module() -> None:
     class Cut(nn.Module):
         def forward(self, x: Any) -> Any:

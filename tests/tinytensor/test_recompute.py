@@ -25,16 +25,6 @@ def block(x: Any, w: tt.Tensor, p: float = 0.0) -> tt.Tensor:
     return tt.dropout(h, p) if p else h
 
 
-def test_checkpoint_gives_the_same_gradients(rng: np.random.Generator) -> None:
-    x, w, v = leaf(rng.normal(size=(4, 3))), leaf(rng.normal(size=(3, 3))), leaf(rng.normal(size=(3, 3)))
-    plain = tt.grad((block(block(x, w), v) ** 2).sum(), [x, w, v])
-    saved = tt.checkpoint(lambda x, v: block(block(x, w), v), x, v)
-    assert saved.tolist() == block(block(x, w), v).tolist()
-    (saved**2).sum().backward()
-    for a, g in zip((x, w, v), plain, strict=True):
-        close(a.grad, g)
-
-
 def test_checkpoint_of_checkpoints(rng: np.random.Generator) -> None:
     x, w, v = leaf(rng.normal(size=(4, 3))), leaf(rng.normal(size=(3, 3))), leaf(rng.normal(size=(3, 3)))
 
@@ -168,26 +158,24 @@ def test_checkpoint_errors() -> None:
     assert x.grad.item() == 4
     with pytest.raises(RuntimeError, match=r"checkpoint at .*: a second backward"):
         y.sum().backward()
-    h = x * 1
-    y = tt.checkpoint(lambda h: h * h, h)
-    with tt.no_grad():
-        h += 1
-    with pytest.raises(RuntimeError, match=r"checkpoint at .*test_recompute.*wrote into it"):
-        y.sum().backward()
 
 
-@pytest.mark.parametrize("through", ["leaf", "array", "tuple", "closure"])
+@pytest.mark.parametrize("through", ["leaf", "result", "array", "tuple", "closure"])
 def test_what_checkpoint_reads_again_must_not_have_been_written(through: str) -> None:
     """As without it: the recomputed part would mix the old values with the new."""
     x, w = tt.ones(3, requires_grad=True), tt.ones(3)
+    h = x * 1
     made = {
+        "result": lambda: tt.checkpoint(lambda h: (h * h).sum(), h),
         "leaf": lambda: tt.checkpoint(lambda x, w: (x * w).sum(), x, w),
         "array": lambda: tt.checkpoint(lambda x, w: (x * w).sum(), x, w.data),
         "tuple": lambda: tt.checkpoint(lambda x, w: (x * w[0]).sum(), x, (w,)),
         "closure": lambda: tt.checkpoint(lambda x: (x * w).sum(), x),
     }[through]()
-    w *= 5
-    with pytest.raises(RuntimeError, match=r"checkpoint at .* saved an array of shape \(3,\) .* wrote into it in place"):
+    with tt.no_grad():
+        w *= 5
+        h *= 5
+    with pytest.raises(RuntimeError, match=r"checkpoint at .*test_recompute.* saved an array of shape \(3,\) .* wrote into it"):
         made.backward()
 
 
@@ -262,7 +250,7 @@ def test_a_write_is_noticed_also_where_f_writes_there_again_before_it_reads(who:
     y = tt.checkpoint(f, x)
     if who == "user":
         w *= 5
-    with pytest.raises(RuntimeError, match=r"checkpoint at .* saved an array of shape \(2,\) .* wrote into it in place"):
+    with pytest.raises(RuntimeError, match=r"checkpoint at .*test_recompute.* saved an array of shape \(2,\) .* wrote into it"):
         y.sum().backward()
     assert x.grad is None
 
@@ -287,13 +275,6 @@ def test_checkpoint_finds_what_f_only_writes_from(how: str) -> None:
     assert w.grad.tolist() == expected
 
 
-def test_what_checkpoint_returns_of_a_closure_is_a_view_of_it() -> None:
-    x, w = leaf([1.0]), leaf([3.0])
-    with pytest.raises(RuntimeError, match="in-place write"):
-        tt.checkpoint(lambda x: w, x).__iadd__(1)
-    assert w.item() == 3
-
-
 def test_checkpoint_keeps_what_it_read_when_a_tensor_is_given_other_data() -> None:
     x = tt.tensor([1.0, 2.0], requires_grad=True)
     h = x * 1
@@ -303,11 +284,12 @@ def test_checkpoint_keeps_what_it_read_when_a_tensor_is_given_other_data() -> No
     assert x.grad.tolist() == [2, 4]
 
 
-def test_checkpoint_of_an_input_itself_is_a_view_of_it() -> None:
-    x = tt.ones(2, requires_grad=True)
-    with pytest.raises(RuntimeError, match="in-place write"):
-        tt.checkpoint(lambda x: x, x).__iadd__(1)
-    assert x.tolist() == [1, 1]
+def test_what_f_did_not_make_is_returned_as_a_view() -> None:
+    x, w = leaf([1.0]), leaf([3.0])
+    for f in (lambda x: x, lambda x: w):
+        with pytest.raises(RuntimeError, match="in-place write"):
+            tt.checkpoint(f, x).__iadd__(1)
+    assert (x.item(), w.item()) == (1, 3)
 
 
 def test_checkpoint_of_what_wants_no_gradients_wants_none() -> None:

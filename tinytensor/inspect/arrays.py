@@ -69,7 +69,7 @@ def values(entries: list[Entry], tensors: list[Tensor]) -> dict[Node | Leaf, Arr
         node = entry.node
         if isinstance(node, Node) and node.values and node not in known and math.prod(node.values[0].shape) <= SMALL:
             inputs = [known.get(e, v) if isinstance(v, Spec) else v for e, v in zip(node.edges, node.values[1:], strict=True)]
-            if not getattr(node, "opaque", False) and not any(isinstance(v, Spec) for v in inputs):
+            if not node.opaque and not any(isinstance(v, Spec) for v in inputs):
                 with np.errstate(all="ignore"):  # the forward pass has warned of it
                     y = node.op.forward(backend.xp_of(*inputs), *inputs, **node.params)
                 known[node] = y.astype(node.values[0].dtype)

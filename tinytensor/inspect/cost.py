@@ -116,7 +116,7 @@ def forward(name: str, inputs: Sequence[Any], y: Array, kept: Any, params: dict[
 def backward(node: Node, g: Array, wanted: set[Any] | None) -> Cost:
     """Of sending g on to the inputs that want a gradient, of `wanted` alone where that is given."""
     name, values = node.op.name, node.values
-    if not values or getattr(node, "opaque", False):  # whose work is that of the ops it replays
+    if not values or node.opaque:  # whose work is that of the ops it replays
         return Cost(0, 0)
     y, *inputs = values
     wants = [edge is not None and (wanted is None or edge in wanted) for edge in node.edges]

@@ -46,7 +46,7 @@ def collect(loss: Tensor) -> list[Entry]:
         node = stack.pop()
         if id(node) not in found:
             found[id(node)] = Entry(node)
-            stack.extend(edge for edge in getattr(node, "edges", ()) if edge is not None)
+            stack.extend(edge for edge in node.edges if edge is not None)
     entries = sorted(found.values(), key=lambda entry: entry.node.serial)
     names: dict[int, str] = {}  # of parameters, by their leaf
     paths: dict[int, str] = {}  # by a call's identity: that of a module which is no more cannot be hashed

@@ -149,7 +149,7 @@ class profile(state.Observer):
         recorded = state.thread.recording  # the pass itself, op by op: they are what is counted
 
         def facts(_: Any) -> tuple[Any, ...]:
-            by = "replay" if getattr(node, "opaque", False) else "kernel" if node.vjp and not recorded else "formula"
+            by = "replay" if node.opaque else "kernel" if node.vjp and not recorded else "formula"
             counted = Cost(0, 0) if recorded else cost.backward(node, g, _visited(run))
             return node.op.name, by, node.call, g.shape, node.origin, counted
 

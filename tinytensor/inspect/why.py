@@ -37,7 +37,7 @@ def why_no_grad(x: Tensor, loss: Tensor | Callable[[], Tensor]) -> str:
     if x.grad is not None:
         return "x has a gradient"
     if id(x.node) not in reached:
-        replayed = [entry.node for entry in reached.values() if getattr(entry.node, "opaque", False)]
+        replayed = [entry.node for entry in reached.values() if entry.node.opaque]
         if replayed:
             return f"x may be reached inside {replayed[0]}, which only backward() records; call it and look at x.grad"
         return trace.cut(x, loss) or _cut_by_memory(x, reached) or _not_reached(loss, trace)
@@ -79,7 +79,7 @@ def _cut_by_memory(x: Tensor, reached: dict[int, Any]) -> str | None:
 class _Step(NamedTuple):
     inputs: list[Any]  # tensors and arrays
     result: Tensor
-    recording: bool
+    recording: bool | None  # as in `state`
     text: str
 
 
@@ -93,7 +93,7 @@ class _Trace(Observer):
     def forward(self, op: Any, inputs: tuple[Any, ...], params: dict[str, Any], run: Callable[[], Any]) -> Any:
         text = f"{op.name} at {writes.caller()}{state.within(state.thread.call)}"
         y = run()
-        self.steps.append(_Step([i for i in inputs if hasattr(i, "dtype")], y, state.is_grad_enabled(), text))
+        self.steps.append(_Step([i for i in inputs if hasattr(i, "dtype")], y, state.thread.recording, text))
         return y
 
     def cut(self, x: Tensor, loss: Tensor) -> str | None:
@@ -112,7 +112,7 @@ class _Trace(Observer):
             self.last = text
             came.add(id(memory_root(result.data)))
             linked = result.node is not None and any(isinstance(i, Value) and i.node is not None for i in ours)
-            if linked or id(result) not in on_the_way:
+            if linked or recording is None or id(result) not in on_the_way:  # None: backward will do it again
                 continue
             if not recording:
                 return f"{text} ran under no_grad()"
