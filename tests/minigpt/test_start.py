@@ -53,6 +53,7 @@ def test_the_context_may_be_shorter(model: GPT) -> None:
     settings, found = start.weights(config(**FIT, block_size=8), read_text(Path("verse.txt")))
     assert found is not None
     assert np.array_equal(found.weights["wpe.weight"], model.wpe.weight.numpy()[:8])
+    assert found.config.block_size == 8
     made = Trainer(settings, read_text(Path("verse.txt")), Path("nowhere"), pretrained=found)
     ids = np.arange(8)[None]
     assert np.array_equal(made.model.eval()(ids)[0].numpy(), model.eval()(ids)[0].numpy()[..., :300])

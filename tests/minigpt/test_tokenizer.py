@@ -283,7 +283,15 @@ MASK = {
         {"added_tokens": [MASK | {"content": "é"}]},
         {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}},
         {"model": {"type": "BPE", "vocab": {"a": 0, "?": 1}, "merges": [], "unk_token": "?", "fuse_unk": True}},
-        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "continuing_subword_prefix": "##"}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"String": "…"}, "behavior": "Removed", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                ],
+            }
+        },
         {"model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}},
         {"normalizer": {"type": "Replace", "pattern": {"String": "…"}, "content": "..."}},
         {"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "Fuse"}]}},
@@ -293,6 +301,14 @@ MASK = {
 def test_a_tokenizer_that_may_change_texts_is_refused(pieces: BPETokenizer, change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not every text comes back from this tokenizer as it was"):
         BPETokenizer(json.dumps(json.loads(pieces.to_json()) | change))
+
+
+@pytest.mark.parametrize("mark", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_a_tokenizer_that_marks_pieces_is_refused(pieces: BPETokenizer, mark: str) -> None:
+    state = json.loads(pieces.to_json())
+    state["model"][mark] = "##"
+    with pytest.raises(ValueError, match="not every text comes back from this tokenizer as it was"):
+        BPETokenizer(json.dumps(state))
 
 
 @pytest.mark.parametrize(
