@@ -1,5 +1,6 @@
 """What these tests share: leaves, what is close, a small GPT and its loss."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ def close(a: Any, b: Any, rtol: float = 1e-12) -> None:
     a, b = (x.detach().numpy() if isinstance(x, (tt.Tensor, torch.Tensor)) else np.asarray(x) for x in (a, b))
     assert a.shape == b.shape
     np.testing.assert_allclose(a, b, rtol, 1e-14)
+
+
+def line() -> int:
+    """The caller's line."""
+    return sys._getframe(1).f_lineno
 
 
 def gpt(**changes: Any) -> GPT:

@@ -14,6 +14,8 @@ import pytest
 import tinytensor as tt
 from tests.tinytensor.small import close, leaf
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 @pytest.fixture(name="rng")
 def the_same_numbers_for_every_test() -> np.random.Generator:
