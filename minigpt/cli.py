@@ -183,5 +183,7 @@ def _check_page(path: Path, num_samples: int) -> None:
         raise ValueError(f"--explain {path}: there is no folder {path.parent} to write the page into; make it first")
     if path.is_dir():
         raise ValueError(f"--explain {path} is a folder; name a file in it, such as {path / 'page.html'}")
-    if path.is_file() and path.read_bytes()[:15] not in (b"", b"<!doctype html>"):
-        raise ValueError(f"--explain {path} is there already, and no page; name another file")
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(15) not in (b"", b"<!doctype html>"):
+                raise ValueError(f"--explain {path} is there already, and no page; name another file")

@@ -135,7 +135,7 @@ class TrainConfig:
     threads: int | None = None
     """cores to use; by default TINYTENSOR_NUM_THREADS, or all that this process may run on"""
     shards: int | None = None
-    """parts of a micro-batch, each a thread's; dropout and rounding depend on them. By default 1 per 1,024 tokens or 2"""
+    """parts of a micro-batch, a thread each; dropout and rounding depend on them. By default 1 per 1,024 tokens, at least 2"""
     rank_timeout: int = 600
     """seconds without a step after which a job of several processes ends, because one of them hangs"""
     checkpoint_activations: bool = False

@@ -141,7 +141,8 @@ class BPETokenizer:
         package = _tokenizers()
         try:
             state = json.loads(tokenizer_json)
-            state["model"]["dropout"] = None  # the same text is to have the same tokens
+            state["model"]["dropout"] = None  # the same text is to have the same tokens,
+            state["truncation"] = state["padding"] = None  # all of them and no others
             whole = _reads_all(state)
             self._bpe: Any = package.Tokenizer.from_str(json.dumps(state)) if whole else None
         except Exception as error:  # the package raises nothing more precise
@@ -210,8 +211,6 @@ class BPETokenizer:
 
     def _returns_all(self) -> bool:
         """Whether each byte has a token, and what is around added tokens comes back too."""
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
         added = [token.content for token in self._bpe.get_added_tokens_decoder().values()]
         try:
             return all(self.decode(self.encode(t)) == t for t in (_PROBE, f" {_PROBE}", " a ".join(["", *added, ""])))

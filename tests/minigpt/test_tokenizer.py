@@ -256,6 +256,16 @@ def test_the_same_text_has_the_same_tokens_also_where_training_dropped_some(piec
     assert again.to_dict() == pieces.to_dict()
 
 
+def test_no_token_is_left_out_or_filled_in(pieces: BPETokenizer) -> None:
+    cut = tokenizers.Tokenizer.from_str(pieces.to_json())
+    cut.enable_truncation(5)
+    cut.enable_padding(length=9)
+    again = BPETokenizer(cut.to_str())
+    for text in ("A", verse()):
+        assert again.encode(text).tolist() == pieces.encode(text).tolist()
+    assert again.to_dict() == pieces.to_dict()
+
+
 MASK = {
     "id": 400,
     "content": "<mask>",

@@ -92,9 +92,9 @@ class profile(state.Observer):
     bandwidth that of one thread's copy of arrays too large for a cache. More than 100% says that arrays were still in the
     cache. (Williams, Waterman & Patterson, "Roofline", 2009.)
 
-    What is not recorded (under no_grad) does not tell how it was made: it counts as a kernel's work where one is registered,
-    and the FLOPs of an einsum are unknown. The same profile may be entered again, one block after another; it adds up. On a GPU
-    only the launches could be timed from here, so arrays there are refused.
+    What is not recorded (under no_grad) does not tell how it was made: it counts as a kernel's work where one is registered.
+    The same profile may be entered again, one block after another; it adds up. On a GPU only the launches could be timed from
+    here, so arrays there are refused.
     """
 
     def __init__(self) -> None:
