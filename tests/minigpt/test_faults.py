@@ -1,12 +1,6 @@
-"""What can happen to a run, done to it: kills, signals, flipped bits, full disks, numbers that are not finite, nonsense.
-
-The runs are real processes. They are forked from one that has imported the program and waits (`serve`), for that costs each
-a second; faults that must strike at an exact place are functions here, which the new process calls before it begins.
-"""
+"""What can happen to a run, done to it: kills, signals, flipped bits, full disks, nonsense. The runs are real processes."""
 
 import errno
-import functools
-import gc
 import json
 import math
 import os
@@ -19,162 +13,58 @@ import struct
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 import tinytensor as tt
-from minigpt import checkpoint, cli, facts
-from minigpt import run as run_module
+from minigpt import checkpoint, cli
 from minigpt.checkpoint import BEST, KEPT, LAST, PREVIOUS, Checkpoint, load, load_newest
-from minigpt.config import PRESETS, TrainConfig
 from minigpt.folder import LOCK, METRICS, RECORD
-from minigpt.run import run
 from minigpt.tokenizer import CharTokenizer
 from minigpt.tracking import read_metrics
-from minigpt.trainer import Trainer
-from tests.minigpt.program import command, environment, printed
+from tests.minigpt.forked import (
+    HERE,
+    LONG,
+    RESUME,
+    SIZES,
+    SMALL,
+    Process,
+    Server,
+    Start,
+    contents,
+    die_before_naming,
+    die_in,
+    die_while_saving,
+    fill,
+    fill_disk,
+    finish,
+    get_signals_in,
+    get_signals_in_making,
+    get_signals_while_saving,
+    hang_in,
+    keep_every_save,
+    limit_files,
+    limit_memory,
+    list_operations,
+    pause_in_making,
+    record,
+    run_json,
+    sentence,
+    show_run_json_slowly,
+    state,
+    temporary,
+)
+from tests.minigpt.program import printed
 from tests.minigpt.small import TINY, refusal, verse
 
-resource = pytest.importorskip("resource", reason="limits of a process, for which this system has none")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts are Linux's")
 
-SIZES = ["quick", "--data", "verse.txt", "--n-layer", "1", "--n-head", "2", "--n-embd", "8", "--block-size", "8"]
-SIZES += ["--micro-batch", "3", "--accumulation", "2", "--shards", "2", "--dropout", "0.2", "--lr", "1e-2", "--min-lr", "1e-3"]
-SIZES += ["--warmup-steps", "2", "--sample-tokens", "5", "--seed", "1", "--no-wandb"]
-SMALL = [*SIZES, "--max-steps", "9", "--eval-interval", "3"]
-LONG = [*SIZES, "--threads", "2", "--max-steps", "40", "--eval-interval", "10", "--save-interval", "4"]
-HERE = ["--out-dir", "run"]
-RESUME = ["quick", "--resume", *HERE]
 SIGNALS = ["SIGINT", "SIGTERM"]
-
-
-# Processes
-
-
-class Process:
-    """A run that was started: its number, its end, and what it told."""
-
-    def __init__(self, server: "Server", pid: int, told: Path) -> None:
-        self.server, self.pid, self.told = server, pid, told
-        self._status: int | None = None
-
-    def status(self) -> int | None:
-        """The exit status, negative after a signal; None while it runs."""
-        if self._status is None:
-            self._status = self.server.ask(pid=self.pid)
-        return self._status
-
-    def wait(self, seconds: float = 30) -> int:
-        end = time.monotonic() + seconds
-        while (status := self.status()) is None:
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-                pytest.fail(f"still running after {seconds} s: {self.out} {self.err}")
-            time.sleep(0.002)
-        return status
-
-    def wait_for(self, path: Path) -> None:
-        """Until there is a file, and it is newer than the process."""
-        end, began = time.monotonic() + 30, self.told.stat().st_mtime_ns
-        while not (path.exists() and path.stat().st_mtime_ns > began):
-            assert self.status() is None, (self.status(), self.err)
-            assert time.monotonic() < end, (self.out, self.err)
-            time.sleep(0.001)
-
-    def send(self, name: str) -> None:
-        os.kill(self.pid, signal.Signals[name])
-
-    @property
-    def out(self) -> str:
-        return (self.told / "out").read_text(encoding="utf-8")
-
-    @property
-    def err(self) -> str:
-        return (self.told / "err").read_text(encoding="utf-8")
-
-
-class Server:
-    """The process that has imported the program and forks off runs."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            command("-c", "from tests.minigpt.test_faults import serve; serve()"),
-            env=environment(OPENBLAS_NUM_THREADS="1", WANDB_MODE="disabled"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **job: Any) -> Any:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate(timeout=10)
-
-
-def serve() -> None:
-    """Start a process for a line on standard input that describes one; tell how a process is that a line numbers."""
-    import rich.progress
-    import rich.table
-    import threadpoolctl
-    import tyro
-
-    assert rich.progress and rich.table and threadpoolctl
-    tyro.cli(TrainConfig, default=PRESETS["quick"], args=[])
-    leave_out_what_takes_longest(setattr)
-    facts.versions, facts.commit = functools.cache(facts.versions), functools.cache(facts.commit)
-    facts.environment()
-    gc.freeze()  # so that collecting garbage does not copy what the processes share
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "pid" in job:
-            pid, status = os.waitpid(job["pid"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif (answer := os.fork()) == 0:
-            become(job)
-        print(json.dumps(answer), flush=True)
-
-
-def leave_out_what_takes_longest(assign: Callable[[Any, str, Any], None]) -> None:
-    assign(run_module, "plot", lambda *_: None)
-    assign(run_module, "gemm_peak", lambda: 1e9)
-
-
-def become(job: dict[str, Any]) -> NoReturn:
-    """What a script is in a process of its own, with the faults that are to strike."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have us ignore it
-    for descriptor, path in enumerate((os.devnull, f"{job['told']}/out", f"{job['told']}/err")):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
-    os.chdir(job["home"])
-    sys.argv = [job["program"], *job["args"]]
-    for fault, *args in job["faults"]:
-        globals()[fault](*args)
-    status = 0
-    try:
-        getattr(cli, job["program"])()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    os._exit(status)  # an interpreter that puts everything away takes as long as the run
-
-
-Start = Callable[..., Process]
 
 
 @pytest.fixture(name="server", scope="module")
@@ -208,58 +98,6 @@ def start_at_home(start_in: Start, home: Path) -> Start:
     return start
 
 
-def finish(process: Process, status: int = 0) -> Process:
-    assert process.wait() == status, (process.out, process.err)
-    return process
-
-
-def sentence(process: Process, status: int = 1) -> str:
-    """What a process that failed told: one line, and nothing else."""
-    finish(process, status)
-    assert re.fullmatch(r"error: [^\n]+\n", process.err), process.err
-    return process.err[len("error: ") : -1]
-
-
-# What a run leaves
-
-
-def state(saved: Checkpoint) -> dict[str, Any]:
-    """Everything in a checkpoint that training computes, to the bit."""
-    return {
-        "model": {name: a.tobytes() for name, a in saved.model.items()},
-        "moments": [a.tobytes() for name in ("exp_avg", "exp_avg_sq") for a in saved.optimizer[name]],
-        "numbers": (saved.step, saved.tokens, saved.val_loss, saved.best_val_loss, saved.skipped, saved.optimizer["steps"]),
-    }
-
-
-def strict(line: str) -> Any:
-    return json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-
-
-def record(out_dir: Path) -> dict[str, Any]:
-    """Everything that a run leaves but the time it took. Every line of its metrics is whole."""
-    text = (out_dir / METRICS).read_text(encoding="utf-8")
-    assert text.endswith("\n")
-    return {
-        "metrics": [strict(line) | {"seconds": None} for line in text.splitlines()],
-        "best": state(load(out_dir / BEST)),
-        "samples": {p.name: p.read_text(encoding="utf-8") for p in (out_dir / "samples").iterdir()},
-        **state(load(out_dir / LAST)),
-    }
-
-
-def run_json(out_dir: Path) -> dict[str, Any]:
-    return strict((out_dir / RECORD).read_text(encoding="utf-8"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def temporary(folder: Path) -> list[str]:
-    return [p.name for p in folder.rglob("*.tmp")]
-
-
 @pytest.fixture(name="left_alone", scope="module")
 def a_run_left_alone(start_in: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of SMALL, and a copy of its last checkpoint from every save."""
@@ -284,135 +122,6 @@ def a_run_killed(start_in: Start, tmp_path_factory: pytest.TempPathFactory) -> P
     finish(start_in(home, [*SMALL, *HERE, "--save-interval", "4"], (die_in, "train_step", 7)), -signal.SIGKILL)
     assert [load(home / "run" / name).step for name in (LAST, PREVIOUS, BEST)] == [6, 4, 6]
     return home / "run"
-
-
-# Faults: what a process does to itself
-
-
-def at(method: str, step: int, act: Callable[[Trainer], Any]) -> None:
-    """Let a trainer `act` when it first enters a method at a step (a number of steps done)."""
-    entered, todo = getattr(Trainer, method), [act]
-
-    def wrapped(self: Trainer, *args: Any) -> Any:
-        for once in [todo.pop()] if self.step == step and todo else []:
-            once(self)
-        return entered(self, *args)
-
-    setattr(Trainer, method, wrapped)
-
-
-def kill(name: str = "SIGKILL") -> None:
-    os.kill(os.getpid(), signal.Signals[name])
-
-
-def die_in(method: str, step: int) -> None:
-    at(method, step, lambda _: kill())
-
-
-def get_signals_in(method: str, step: int, *names: str) -> None:
-    at(method, step, lambda _: [kill(name) for name in names])
-
-
-def hang_in(method: str, step: int, *names: str) -> None:
-    """Get signals, then say so by a file, and hang."""
-
-    def hang(_: Trainer) -> None:
-        for name in names:
-            kill(name)
-        Path("hangs").touch()
-        time.sleep(60)
-
-    at(method, step, hang)
-
-
-def keep_every_save() -> None:
-    save = Trainer.save
-
-    def kept(self: Trainer) -> None:
-        save(self)
-        shutil.copy(self.out_dir / LAST, self.out_dir / f"step-{self.step}")
-
-    Trainer.save = kept
-
-
-def die_before_naming(name: str) -> None:
-    def heard(event: str, args: tuple[Any, ...]) -> None:
-        if event == "os.rename" and Path(args[1]).name == name:
-            kill()
-
-    sys.addaudithook(heard)
-
-
-def watch_saving(step: int, strike: Callable[[int, str, str], None]) -> None:
-    """Call strike(i, operation, "before" or "amid" or "after") at every operation on disk i of the save after `step`."""
-    save, operations = Trainer.save, iter(range(99))
-    armed = False
-
-    def armed_save(self: Trainer) -> None:
-        nonlocal armed
-        armed = self.step == step
-        save(self)
-        armed = False
-
-    def watched(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not armed:
-                return operation(*args, **kwargs)
-            i, name = next(operations), operation.__name__
-            strike(i, name, "before")
-            if name == "save_file":
-                data = safetensors.numpy.save(args[0], kwargs["metadata"])
-                Path(args[1]).write_bytes(data[: len(data) // 2])
-                strike(i, name, "amid")
-            result = operation(*args, **kwargs)
-            strike(i, name, "after")
-            return result
-
-        return wrapped
-
-    Trainer.save = armed_save
-    for module, name in ((safetensors.numpy, "save_file"), (os, "fsync"), (os, "link"), (os, "rename"), (os, "replace")):
-        setattr(module, name, watched(getattr(module, name)))
-
-
-def die_while_saving(step: int, point: int, when: str) -> None:
-    watch_saving(step, lambda i, _, moment: kill() if (i, moment) == (point, when) else None)
-
-
-def list_operations(step: int) -> None:
-    watch_saving(step, lambda _, name, moment: print("disk:", name) if moment == "before" else None)
-
-
-def get_signals_while_saving(step: int, *names: str) -> None:
-    watch_saving(step, lambda i, _, moment: [kill(name) for name in names] if (i, moment) == (0, "amid") else None)
-
-
-def limit_files(size: int, method: str, step: int) -> None:
-    at(method, step, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-
-
-def limit_memory(size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
-def fill_disk(path: str, method: str, step: int) -> None:
-    at(method, step, lambda _: fill(Path(path)))
-
-
-def fill(path: Path) -> None:
-    """A file that leaves not one byte of its disk."""
-    with suppress(OSError), open(path, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    with suppress(OSError), open(path, "ab", buffering=0) as file:
-        while True:
-            file.write(b"0")
-
-
-def show_run_json_slowly() -> None:
-    """Steps so slow that whoever looks sees run.json in all its states."""
-    for step in range(9):
-        at("train_step", step, lambda _: time.sleep(0.01))
 
 
 # Kills
@@ -820,18 +529,6 @@ def test_a_folder_in_use_is_refused_before_there_is_a_checkpoint_in_it(start: St
     finish(start([*SMALL, *HERE]))
 
 
-def pause_in_making() -> None:
-    """Stop until SIGCONT where a run has chosen its folder and read its checkpoint, but not yet taken the folder."""
-    made = Trainer.__init__
-
-    def paused(self: Trainer, *args: Any) -> None:
-        Path("paused").touch()
-        kill("SIGSTOP")
-        made(self, *args)
-
-    Trainer.__init__ = paused
-
-
 def test_a_run_slow_to_start_does_not_write_over_one_that_took_its_folder(
     start: Start, home: Path, whole: dict[str, Any]
 ) -> None:
@@ -973,16 +670,6 @@ def test_a_signal_before_a_run_has_begun_leaves_nothing(start: Start, home: Path
     assert not (home / "run").exists()
 
 
-def get_signals_in_making(name: str) -> None:
-    made = Trainer.__init__
-
-    def signalled(self: Trainer, *args: Any) -> None:
-        made(self, *args)
-        kill(name)
-
-    Trainer.__init__ = signalled
-
-
 @pytest.mark.parametrize("flags", [[], ["--out-dir", "runs/mine"], ["--out-dir", "a b"], ["--out-dir", "a$1"]], ids=" ".join)
 def test_the_command_that_is_told_goes_on_with_the_run(
     start: Start, home: Path, whole: dict[str, Any], flags: list[str]
@@ -1017,160 +704,6 @@ def test_the_command_that_is_told_goes_on_with_this_run_and_not_with_a_newer_one
     finish(start(SMALL))
     finish(start(words_of("to go on: python scripts/train.py (.*)", process)))
     assert record(home / "runs" / "quick") == whole
-
-
-# Numbers that are not finite
-
-
-@pytest.fixture(name="config")
-def small_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
-    """TINY in this process, without what takes longest."""
-    monkeypatch.chdir(home)
-    leave_out_what_takes_longest(monkeypatch.setattr)
-    return RUN
-
-
-RUN = replace(TINY, data=Path("verse.txt"), max_steps=9, dropout=0.2, save_interval=1)
-BAD = ["nan loss", "inf loss", "-inf loss", "nan gradient", "inf gradient"]
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, how: str, steps: tuple[int, ...], shards: tuple[int, ...] = (1,)) -> None:
-    """Let the loss of some shards, or only its gradient, be no number at some steps."""
-    shard_loss = Trainer.shard_loss
-
-    def spoiled(self: Trainer, shard: int) -> tt.Tensor:
-        loss = shard_loss(self, shard)
-        if self.step not in steps or shard not in shards:
-            return loss
-        value, what = how.split()
-        if what == "loss":
-            return loss * float(value)
-        w = self.model.wte.weight
-        nothing = (w - w.detach()).sum()  # 0, and its gradient is 1
-        return loss + (nothing * 1e38 * 1e38 if value == "inf" else nothing * 1e38 * 1e38 - nothing * 1e38 * 1e38)
-
-    monkeypatch.setattr(Trainer, "shard_loss", spoiled)
-
-
-def only_finite(folder: Path) -> bool:
-    files = list(folder.rglob("*.safetensors"))
-    saved = [load(path) for path in files]
-    arrays = [a for s in saved for a in (*s.model.values(), *s.optimizer["exp_avg"], *s.optimizer["exp_avg_sq"])]
-    return bool(files) and all(np.isfinite(a).all() for a in arrays)
-
-
-@pytest.fixture(name="update_left_out", scope="module")
-def record_of_a_run_without_its_fifth_update(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    home = tmp_path_factory.mktemp("home")
-    make = Trainer.train_step
-
-    def without_update(self: Trainer, lr: float) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            if self.step == 4:
-                inner.setattr(self.optimizer, "step", lambda: None)
-            return make(self, lr)
-
-    with pytest.MonkeyPatch.context() as patch:
-        (home / "verse.txt").write_text(verse(), encoding="utf-8")
-        patch.chdir(home)
-        leave_out_what_takes_longest(patch.setattr)
-        patch.setattr(Trainer, "train_step", without_update)
-        return record(run(replace(RUN, out_dir=home / "run")))
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("how", BAD)
-def test_a_step_that_is_not_finite_changes_no_weight_and_no_moment_and_is_counted(
-    config: TrainConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    update_left_out: dict[str, Any],
-    how: str,
-) -> None:
-    spoil(monkeypatch, how, (4,), (1,) if "inf" in how else (0, 1, 2, 3))
-    kept: dict[int, dict[str, Any]] = {}
-    save = Trainer.save
-
-    def keep(self: Trainer) -> None:
-        save(self)
-        kept[self.step] = state(load(self.out_dir / LAST))
-
-    monkeypatch.setattr(Trainer, "save", keep)
-    out_dir = run(config)
-    made = record(out_dir)
-    for name in ("model", "moments"):
-        assert kept[5][name] == kept[4][name] != kept[6][name]
-        assert made[name] == update_left_out[name]
-    assert [row["skipped"] for row in made["metrics"]] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
-    assert [kept[step]["numbers"][4] for step in sorted(kept)] == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
-    assert load(out_dir / LAST).skipped == run_json(out_dir)["summary"]["skipped"] == 1
-    for row, other in zip(made["metrics"], update_left_out["metrics"], strict=True):
-        changed = ("train_loss", "grad_norm", "skipped") if row["step"] == 5 else ("skipped",)
-        assert row | dict.fromkeys(changed) == other | dict.fromkeys(changed)
-    assert made["metrics"][4]["grad_norm"] is None
-    assert (made["metrics"][4]["train_loss"] is None) == how.endswith("loss")
-    assert only_finite(out_dir)
-    assert capsys.readouterr().out.count("step 5: loss or gradient is not finite, update skipped") == 1
-
-
-def test_skipped_updates_are_counted_on_after_a_run_was_resumed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, "nan loss", (1, 4, 7))
-    whole = record(run(replace(config, out_dir=Path("whole"))))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_step = Trainer.train_step
-
-        def interrupted(self: Trainer, lr: float) -> Any:
-            if self.step == 5:
-                raise KeyboardInterrupt
-            return at_step(self, lr)
-
-        patch.setattr(Trainer, "train_step", interrupted)
-        run(replace(config, out_dir=Path("again")))
-    assert load(Path("again") / LAST).skipped == 2
-    assert record(run(replace(config, out_dir=Path("again"), resume=True))) == whole
-    assert whole["metrics"][-1]["skipped"] == load(Path("whole") / LAST).skipped == 3
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("how", "limit"), [(how, 3) for how in BAD] + [("nan loss", 1), ("nan loss", 2)])
-def test_as_many_skipped_in_a_row_as_allowed_end_the_run_in_one_sentence(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, how: str, limit: int
-) -> None:
-    spoil(monkeypatch, how, tuple(range(3, 9)))
-    with pytest.raises(FloatingPointError) as caught:
-        run(replace(config, max_skipped=limit))
-    message, folder = str(caught.value), Path("runs/tiny")
-    assert "\n" not in message
-    assert re.match(rf"the loss of step {limit + 3} is .* its gradient norm (nan|inf), .*--resume and a smaller --lr", message)
-    assert re.search(rf"\b{limit}\D+in a row", message)
-    assert run_json(folder)["status"] == f"failed: {message}"
-    assert run_json(folder)["summary"]["skipped"] == limit
-    assert only_finite(folder)
-    assert (load(folder / LAST).step, load(folder / LAST).skipped) == (limit + 2, limit - 1)
-
-
-@pytest.mark.parametrize(("limit", "word"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th")])
-def test_the_sentence_counts_as_one_speaks(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, limit: int, word: str) -> None:
-    spoil(monkeypatch, "nan loss", tuple(range(9)))
-    with pytest.raises(FloatingPointError, match=f"the {word} step in a row|^(?!.*th step)"):
-        run(replace(config, max_skipped=limit, save_interval=None))
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_good_steps_in_between_begin_the_count_anew(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, "nan gradient", (0, 1, 3, 4, 6, 7))
-    out_dir = run(replace(config, max_skipped=3))
-    assert load(out_dir / LAST).skipped == 6
-    assert only_finite(out_dir)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("lr", "weight_decay"), [(1e20, 0.1), (1e30, 0.1), (9e34, 0.1), (1e6, 1e5)])
-def test_no_settings_make_a_checkpoint_that_is_not_finite(config: TrainConfig, lr: float, weight_decay: float) -> None:
-    with suppress(ArithmeticError, ValueError):
-        run(replace(config, lr=lr, weight_decay=weight_decay, warmup_steps=0, eval_interval=100, max_steps=20))
-    folder = Path("runs/tiny")
-    assert not folder.exists() or only_finite(folder)
 
 
 # Nonsense
